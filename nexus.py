@@ -698,7 +698,7 @@ def _begins_word(width):
 
 
 Rule = collections.namedtuple("Rule", "type needles pattern accept", defaults=(_accept_token,))
-Rule.__doc__ = """A row: where to look (needles), what for (pattern), and whether it is meant (accept).
+Rule.__doc__ = """A row: where to look (needles), what for (pattern), is it meant (accept).
 
 In _TOKENS a needle is the token's own beginning and the pattern what follows it; in _SHAPES
 needles are lower case and the pattern is whole. A group `secret` is replaced alone,
@@ -2311,14 +2311,16 @@ class Field:
     """One input: where it comes from, its JSON type, its bounds.
 
     `low` and `high` bound a number or the length of a string; `high` may name a setting.
-    `missing` is the error code for its absence, where that is not invalid_request. `tool` is its
-    name as an MCP argument. Name, need and default are taken from the function's head.
+    `missing` is the error code for its absence, where that is not invalid_request. As an MCP
+    argument it is called `tool`, and said to be of `tool_kind`. Name, need and default are taken
+    from the function's head.
     """
 
     def __init__(self, source, kind="string", help="", low=None, high=None, pattern=None,
-                 header=None, missing=None, tool=None):
+                 header=None, missing=None, tool=None, tool_kind=None):
         self.source, self.kind, self.help, self.low, self.high = source, kind, help, low, high
         self.pattern, self.header, self.missing, self.tool = pattern, header, missing, tool
+        self.tool_kind = tool_kind or kind
         self.name = self.argument = self.required = None
 
     def bind(self, argument, required):
@@ -2637,7 +2639,9 @@ def gather(call, entry, texts):
         if field.source == "path":
             value = unquote(next(texts), field.name)
         elif field.source == "header":
-            value = call.headers.get(field.name.lower()) or None
+            value = call.headers.get(field.name.lower())
+            if value == "" and not field.low:
+                value = None            # an empty shell variable: as if it were not there
         elif field.source == "raw":
             value = call.body
         elif field.source == "body":
@@ -2709,24 +2713,24 @@ def replayed(answer, again):
 
 # The fields that operations share.
 
-SESSION_ID = Field("path", help="the session's id")
+SESSION_ID = Field("path")
 AGENT_ID = Field("header", header="X-Agent-Id", pattern=AGENT_ID_PATTERN,
-                 missing="missing_agent_id", help="who you are")
+                 missing="missing_agent_id")
 SESSION_KEY = Field("header", header="X-Session-Key", help="key from join or claim", high=128)
 RETRY_KEY = Field("header", header="Idempotency-Key", low=1, high=128,
                   help="makes a repeated send harmless")
-CODE = Field("path", help="pairing code or link")
-WAIT = Field("query", "integer", low=0, high=MAX_WAIT, help="seconds to wait for a message")
-TTL = Field("body", "integer", low=1, high="max_ttl", help="seconds of life without activity")
+CODE = Field("path", help="code or link")
+WAIT = Field("query", "integer", low=0, high=MAX_WAIT, help="seconds")
+TTL = Field("body", "integer", low=1, high="max_ttl", help="seconds")
 CHANNEL = Field("path", low=1, high=MAX_NAME)
 MESSAGE_ID = Field("path", "integer", low=0)
 LEASE_TOKEN = Field("body", low=1, high=128)
 LEASE_SECONDS = Field("body", "integer", low=1, high=MAX_LEASE_SECONDS)
-AFTER_ID = Field("query", "integer", help="only ids above this")
+AFTER_ID = Field("query", "integer")
 INBOX_LIMIT = Field("query", "integer", low=0)
 SENDER = Field("body", low=1, high=MAX_NAME)
 CONTENT = Field("body", low=1)
-METADATA = Field("body", "object")
+METADATA = Field("body", "object", tool_kind="string", help="JSON object")
 
 
 # Door 1.
@@ -2734,9 +2738,9 @@ METADATA = Field("body", "object")
 @operation("PUT", "/v1/sessions", "NewSession", 201, guarded=True, tool="nexus_create")
 def create_session(call, ttl: TTL = DEFAULT_TTL,
                    max_agents: Field("body", "integer", low=1, high="max_agents") = None,
-                   greeting: Field("body", help="first message, from system") = None,
+                   greeting: Field("body", help="first message") = None,
                    creator_agent_id: Field("body", pattern=AGENT_ID_PATTERN,
-                                           help="joins you as creator") = None):
+                                           help="you") = None):
     """Open a conversation"""
     limits = call.app.settings
     if greeting is not None:
@@ -2748,7 +2752,7 @@ def create_session(call, ttl: TTL = DEFAULT_TTL,
 
 @operation("GET", "/v1/sessions/{session_id}", "Session", tool="nexus_status")
 def get_session(call, session_id: SESSION_ID):
-    """Who is in a session and until when it lives"""
+    """Who is in a session, and its end"""
     return call.app.store.sessions.status(session_id)
 
 
@@ -2778,7 +2782,7 @@ def renew_session(call, session_id: SESSION_ID, agent_id: AGENT_ID, ttl: TTL = N
 @operation("POST", "/v1/sessions/{session_id}/messages", "Sent", 201, tool="nexus_send")
 def send_message(call, session_id: SESSION_ID, agent_id: AGENT_ID,
                  session_key: SESSION_KEY = None, idempotency_key: RETRY_KEY = None,
-                 text: Field("body") = "", json_: Field("body", "any", help="any JSON") = None):
+                 text: Field("body") = "", json_: Field("body", "any") = None):
     """Send text, JSON or both"""
     if not text and json_ is None:
         raise invalid("text", "text or json is required")
@@ -2795,8 +2799,8 @@ def send_message(call, session_id: SESSION_ID, agent_id: AGENT_ID,
 
 @operation("GET", "/v1/sessions/{session_id}/messages", "Polled", tool="nexus_poll")
 def poll_messages(call, session_id: SESSION_ID, agent_id: AGENT_ID,
-                  after: Field("query", "integer", low=0, high=2 ** 32 - 1,
-                               help="cursor; none: from the start") = None,
+                  after: Field("query", "integer", low=0, high=2 ** 32 - 1, tool_kind="string",
+                               help="cursor") = None,
                   members: Field("query", "boolean") = False,
                   limit: Field("query", "integer", low=1, high=MAX_POLL) = MAX_POLL,
                   wait: WAIT = 0):
@@ -2807,7 +2811,7 @@ def poll_messages(call, session_id: SESSION_ID, agent_id: AGENT_ID,
 
 @operation("PUT", "/v1/pair", "Code", 201, tool="nexus_pair")
 def create_code(call, session_id: Field("body", low=1)):
-    """Make a pairing code and link for another agent"""
+    """Make a code and link for another agent"""
     code, ends = call.app.store.sessions.pair(session_id)
     return {"code": code, "url": "%s/p/%s" % (call.app.base_url(call), code),
             "expiresAt": iso(ends)}
@@ -2930,7 +2934,7 @@ def channel_lease(call, channel: CHANNEL, consumer: Field("body", low=1, high=MA
                   limit: Field("body", "integer", low=1, high=MAX_LEASES_AT_ONCE) = 1,
                   lease_seconds: LEASE_SECONDS = 60,
                   wait: Field("body", "integer", low=0, high=MAX_WAIT) = 0):
-    """Take messages to work on; nobody else gets them until acked, released or timed out"""
+    """Take messages to work on, held for leaseSeconds"""
     messages = call.app.store.channels.lease(channel, consumer, limit, lease_seconds, wait,
                                              call.caller)
     return {"messages": messages, "channel": channel, "count": len(messages)}
@@ -2965,7 +2969,7 @@ def message_revive(call, id: MESSAGE_ID):
 
 @operation("POST", "/api/messages/{id}/reply", "Message", 201, guarded=True, tool="tx_reply")
 def message_reply(call, id: MESSAGE_ID, content: CONTENT, sender: SENDER = "api",
-                  lease_token: LEASE_TOKEN = None, metadata: METADATA = None,
+                  lease_token: LEASE_TOKEN = None, metadata: Field("body", "object") = None,
                   idempotency_key: RETRY_KEY = None):
     """Answer a question and acknowledge it"""
     content, found = blackout(call, content)
@@ -3103,7 +3107,8 @@ def shape_schema(shape):
 
 def field_schema(field, settings=None, brief=False):
     """The JSON Schema of an operation's input; `brief` leaves the bounds to the server."""
-    schema = {} if field.kind == "any" else {"type": field.kind}
+    kind = field.tool_kind if brief else field.kind
+    schema = {} if kind == "any" else {"type": kind}
     if field.help:
         schema["description"] = field.help
     if brief:
@@ -3124,15 +3129,13 @@ def tool_schema(entry, hidden=(), optional=()):
         if field.tool in hidden or field.tool in properties:
             continue
         properties[field.tool] = field_schema(field, brief=True)
-        if field.kind == "object":
-            properties[field.tool] = {"type": "string", "description": "JSON object"}
         if (field.required or field.missing) and field.tool not in optional:
             required.append(field.tool)
     schema = {"type": "object", "properties": properties}
     return dict(schema, required=required) if required else schema
 
 
-def _openapi_operation(entry, settings):
+def _openapi_operation(entry, settings, locked):
     parameters = [{"name": field.name, "in": field.source, "required": field.required,
                    "schema": field_schema(field, settings)}
                   for field in entry.fields if field.source in ("path", "query", "header")]
@@ -3153,19 +3156,19 @@ def _openapi_operation(entry, settings):
     if entry.answer == "text/markdown":
         kinds["text/html"] = {}
     result["responses"][str(entry.status)] = {"description": entry.answer, "content": kinds}
-    if entry.guarded:
+    if entry.guarded and locked:
         result["security"] = [{"token": []}]
     return result
 
 
-@functools.lru_cache(maxsize=8)
-def openapi_document(settings):
-    """The OpenAPI 3.1 description of both doors."""
+def openapi_document(settings, locked):
+    """The OpenAPI 3.1 description of both doors; `locked`: does this server want a token?"""
     paths = {}
     for entry in OPERATIONS:
-        if entry.path and any(field.source == "raw" for field in entry.fields) is False:
+        if entry.path and not any(field.source == "raw" for field in entry.fields):
             path = re.sub(r"{(\w+)}", lambda match: "{%s}" % camel(match.group(1)), entry.path)
-            paths.setdefault(path, {})[entry.method.lower()] = _openapi_operation(entry, settings)
+            paths.setdefault(path, {})[entry.method.lower()] = _openapi_operation(
+                entry, settings, locked)
     return {
         "openapi": "3.1.0",
         "info": {"title": "nexus", "version": VERSION, "license": {"name": "MIT"},
@@ -3179,7 +3182,7 @@ def openapi_document(settings):
 @operation("GET", "/openapi.json", "application/json")
 def openapi(call):
     """This description"""
-    return openapi_document(call.app.settings)
+    return openapi_document(call.app.settings, call.app.tokens.wanted)
 
 
 # Pages.
@@ -4985,6 +4988,14 @@ def key_of(session_id, agent_id):
     return state.get(session_id, "key") if state.get(session_id, "agent") in (agent_id, "") else ""
 
 
+def remember(args, client, session_id, agent_id, answer):
+    """Keep what create, join and claim gave, and the alias if one was asked for."""
+    state = State()
+    state.remember(session_id, client.address.url, agent_id, answer.get("sessionKey"))
+    if args.alias:
+        state.set_alias(args.alias, session_id)
+
+
 def adopt(client, session_id):
     """A session that has answered but has no server yet now has one."""
     state = State()
@@ -4999,10 +5010,9 @@ def verb_create(args):
     client = connect(args)
     answer = client.create(args.ttl, args.max_agents, args.greeting, args.creator_agent_id)
     if args.creator_agent_id:
-        State().remember(answer["sessionId"], client.address.url, args.creator_agent_id,
-                         answer.get("sessionKey"))
+        remember(args, client, answer["sessionId"], args.creator_agent_id, answer)
     say(answer)
-    tip("Next: nexus.py pair %s" % answer["sessionId"])
+    tip("Next: nexus.py pair %s" % (args.alias or answer["sessionId"]))
 
 
 def verb_status(args):
@@ -5021,7 +5031,7 @@ def verb_join(args):
     client = connect(args, session_id)
     known = state.get(session_id, "agent") == args.agent_id and state.get(session_id, "key")
     answer = client.join(session_id, args.agent_id, known or None)
-    state.remember(session_id, client.address.url, args.agent_id, answer.get("sessionKey"))
+    remember(args, client, session_id, args.agent_id, answer)
     say(answer)
 
 
@@ -5058,18 +5068,26 @@ def verb_pair(args):
     tip("Give this to the other agent's human: %s" % answer["url"])
 
 
+def invitation(text):
+    """(code, its server's URL or None) of a code, a link, or (-) stdin with a link in it."""
+    if text == "-":
+        text = sys.stdin.read()
+    link = re.search(r"(https?://[^\s\"]+)/p/([^/\s\"]+)", text)
+    code = link.group(2) if link else text.strip()
+    return read_code(code) or code, link and link.group(1)
+
+
 def verb_claim(args):
-    """Join with a pairing code or link"""
+    """Join with a pairing code or link; - reads it, or what `pair` printed, from stdin"""
     if not args.agent_id:
         raise NexusError("missing_agent_id", "Say who you are: --agent-id ID.")
-    link = re.match(r"(https?://.+)/p/[^/]+/?$", args.code)
-    args.url = args.url or (link and link.group(1))     # a link says where its code is good
+    code, server = invitation(args.code)
+    args.url = args.url or server       # a link says where its code is good
     client = connect(args)
-    answer = client.claim(args.code, args.agent_id)
-    State().remember(answer["sessionId"], client.address.url, args.agent_id,
-                     answer.get("sessionKey"))
+    answer = client.claim(code, args.agent_id)
+    remember(args, client, answer["sessionId"], args.agent_id, answer)
     say(answer)
-    tip("Next: nexus.py poll %s" % answer["sessionId"])
+    tip("Next: nexus.py poll %s" % (args.alias or answer["sessionId"]))
 
 
 def verb_pair_status(args):
@@ -5592,10 +5610,8 @@ def verb_skill(args):
     if not args.code:
         sys.stdout.write(SKILL.lstrip())
         return
-    link = re.match(r"(https?://.+)/p/[^/]+/?$", args.code)
-    url, _ = State().server(args.url or (link and link.group(1)))
-    code = read_code(args.code) or args.code
-    client = client_for(args, url)
+    code, server = invitation(args.code)
+    client = client_for(args, State().server(args.url or server)[0])
     answer = exchange(client.address, "GET", "/p/" + percent(code), {}, None, client.timeout,
                       client.ca, client.pin)
     if answer.status != 200:
@@ -5603,34 +5619,46 @@ def verb_skill(args):
     sys.stdout.write(answer.body.decode("utf-8"))
 
 
-class DemoServer:
-    """A server on a free port in a temporary directory, gone without a trace after `with`."""
+class TemporaryServer:
+    """A server on a free port in a temporary folder, gone without a trace after `with`."""
 
     def __enter__(self):
         self.folder = tempfile.mkdtemp(prefix="nexus-")
+        self.database = os.path.join(self.folder, "nexus.db")
+        self.start()
+        return self
+
+    def start(self):
+        """Run the server on the database that is there."""
         self.process = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), "serve", "--port", "0", "--quiet",
-             "--db", os.path.join(self.folder, "demo.db")], stdout=subprocess.PIPE,
-            stdin=subprocess.DEVNULL)
+             "--db", self.database], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            env=self._environment(self.folder))
         line = self.process.stdout.readline()
         if not line:
             self.__exit__()
-            raise NexusError("refused_to_start", "The server of the demo did not start.")
+            raise NexusError("refused_to_start", "The server did not start.")
         self.url = json.loads(line.decode())["url"]
-        return self
 
-    def __exit__(self, *_):
-        self.process.terminate()
+    def end(self, how):
+        """End the server with process.terminate or process.kill."""
+        how()
         self.process.stdout.close()
         self.process.wait()
+
+    def __exit__(self, *_):
+        self.end(self.process.terminate)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @staticmethod
+    def _environment(home, **more):
+        environ = {name: value for name, value in os.environ.items()
+                   if not name.startswith("NEXUS_")}
+        return dict(environ, HOME=home, USERPROFILE=home, **more)
 
     def run(self, who, *words):
         """Run a verb as `who`, who has a home of their own; returns its JSON."""
-        home = os.path.join(self.folder, who)
-        environ = {name: value for name, value in os.environ.items()
-                   if not name.startswith("NEXUS_")}
-        environ.update(HOME=home, USERPROFILE=home, NEXUS_URL=self.url)
+        environ = self._environment(os.path.join(self.folder, who), NEXUS_URL=self.url)
         done = subprocess.run([sys.executable, os.path.abspath(__file__)] + list(words),
                               env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if done.returncode:
@@ -5641,7 +5669,7 @@ class DemoServer:
 
 def verb_demo(args):
     """Watch two agents meet, talk and part: a server and both agents in one command"""
-    with DemoServer() as demo:
+    with TemporaryServer() as demo:
         print("A server runs at %s. Ada and Bob are two agents, each with a home of its own.\n"
               % demo.url)
 
@@ -5666,6 +5694,159 @@ def verb_demo(args):
     print("\nThe server is stopped and nothing is left behind. Your turn: nexus.py serve")
 
 
+def copy_database(source, target):
+    """Copy one SQLite file into another, empty one, and check the copy; raises sqlite3.Error."""
+    original, copy = sqlite3.connect(source, timeout=30), sqlite3.connect(target)
+    try:
+        original.backup(copy)
+        verdict, = copy.execute("PRAGMA quick_check(1)").fetchone()
+    finally:
+        copy.close()
+        original.close()
+    if verdict != "ok":
+        raise sqlite3.DatabaseError("the copy is damaged: %s" % verdict)
+
+
+def verb_backup(args):
+    """Copy a database, also while its server runs; the copy is complete and consistent"""
+    source, target = args.db or os.environ.get("NEXUS_DB") or "nexus.db", args.file
+    if not os.path.isfile(source):
+        raise NexusError("no_database", "There is no database %s. Name it with --db." % source,
+                         status=404)
+    if os.path.exists(target):
+        raise NexusError("file_exists", "%s is there already; a backup overwrites nothing. Choose"
+                         " another name." % target, status=409)
+    try:
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        copy_database(source, target)
+    except (OSError, sqlite3.Error) as trouble:
+        if isinstance(trouble, sqlite3.Error):
+            os.unlink(target)           # half a copy looks like one
+        raise NexusError("backup_failed", "No copy was made: %s." % trouble, status=503) from None
+    say({"ok": True, "file": target, "bytes": os.path.getsize(target)})
+
+
+# The self-test: what the README promises, tried on this machine with this file.
+
+def _check(promise, held):
+    if not held:
+        raise AssertionError(promise)
+
+
+def try_sessions(server):
+    """Two agents meet by a pairing code and read each other"""
+    session = server.run("ada", "create", "--creator-agent-id", "ada")["sessionId"]
+    code = server.run("ada", "pair", session)["code"]
+    server.run("bob", "claim", code, "--agent-id", "bob")
+    server.run("bob", "send", session, "Hello, Ada.")
+    message = server.run("ada", "poll", session)["messages"][0]
+    _check("the message is not the one that was sent",
+           message["text"] == "Hello, Ada." and message["verified"])
+
+
+def try_channels(server):
+    """A channel keeps a message until it is acknowledged"""
+    messages = Client(server.url).messages
+    sent = messages.send("selftest", "keep me")
+    _check("reading consumed it", [messages.inbox("selftest")[0]["id"] for _ in "12"] ==
+           [sent["id"]] * 2)
+    messages.ack(sent["id"])
+    _check("it is still pending", messages.pending("selftest") == 0)
+
+
+def try_kill(server):
+    """What was answered with 201 survives kill -9"""
+    client, kept = Client(server.url, patience=-1), []
+
+    def send():
+        try:
+            while len(kept) < 5000:
+                kept.append(client.messages.send("kill", "one of many")["id"])
+        except NexusError:
+            pass                        # the server was killed: that is the test
+    threads = [threading.Thread(target=send) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    server.end(server.process.kill)
+    for thread in threads:
+        thread.join()
+    server.start()
+    messages, found, after = Client(server.url).messages, [], 0
+    while True:
+        page = messages.inbox("kill", after_id=after, limit=1000)
+        if not page:
+            break
+        found += [row["id"] for row in page]
+        after = found[-1]
+    _check("%d messages were lost" % len(set(kept) - set(found)), set(kept) <= set(found))
+    _check("an id stands twice", len(found) == len(set(found)))
+
+
+def try_double(server):
+    """The same send twice, as after a lost answer, stores one message"""
+    messages = Client(server.url).messages
+    ids = {messages.send("double", "once", idempotency_key="selftest")["id"] for _ in "12"}
+    _check("it was stored twice", len(ids) == 1 and messages.pending("double") == 1)
+
+
+def try_redaction(server):
+    """Secrets are blacked out, look-alikes are not"""
+    messages = Client(server.url).messages
+    secrets_ = ("ghp_" + "a1B2" * 9, "AKIA" + "ABCD2345" * 2, "password=" + "hunter2" + "xyz")
+    harmless = ("task-" + "ab12" * 8, "0123456789abcdef" * 4, "the password field is required")
+    for text in secrets_:
+        _check("a secret was stored", text not in messages.send("red", "see " + text)["content"])
+    for text in harmless:
+        _check("%s was blacked out" % text, messages.send("red", text)["content"] == text)
+
+
+def try_permissions(server):
+    """Database and keys can be read by their owner alone"""
+    if os.name != "posix":
+        return
+    for folder, _, files in os.walk(server.folder):
+        for name in files:
+            path = os.path.join(folder, name)
+            _check("%s is open to others" % path, os.stat(path).st_mode & 0o077 == 0)
+
+
+def try_expiry(server):
+    """Ten seconds after its end a message has left no trace on the disk"""
+    client, mark = Client(server.url), os.urandom(12).hex()
+    session = client.create(ttl=1, creator_agent_id="ada")
+    client.send(session["sessionId"], "ada", "mark " + mark, session_key=session["sessionKey"])
+    client.messages.send("gone", "mark " + mark, ttl_seconds=1)
+    ends = time.monotonic() + 11
+    while True:
+        files = [server.database + end for end in ("", "-wal", "-shm")]
+        left = [path for path in files if os.path.exists(path)
+                and mark.encode() in open(path, "rb").read()]
+        if not left:
+            return
+        _check("it is still in %s" % ", ".join(left), time.monotonic() < ends)
+        time.sleep(0.5)
+
+
+def verb_selftest(args):
+    """Try the promises one by one on this machine, in a temporary folder, in under a minute"""
+    with open(os.path.abspath(__file__), "rb") as file:
+        print("nexus %s, SHA-256 %s" % (VERSION, hashlib.sha256(file.read()).hexdigest()))
+    failed = 0
+    with TemporaryServer() as server:
+        for trial in (try_sessions, try_channels, try_kill, try_double, try_redaction,
+                      try_permissions, try_expiry):
+            try:
+                trial(server)
+                verdict = "ok    "
+            except (AssertionError, NexusError) as reason:
+                failed += 1
+                verdict = "FAILED (%s) " % reason
+            print(verdict + trial.__doc__, flush=True)
+    print("All promises hold." if not failed else "%d promise(s) do not hold." % failed)
+    return 1 if failed else 0
+
+
 # The table of verbs, and how a command line becomes a call.
 
 Flag = collections.namedtuple("Flag", "kind help")
@@ -5674,10 +5855,12 @@ FLAGS = {       # kind: str, int and float take a value, bool is a switch
     "--ca": Flag(str, "file of certificates to trust (NEXUS_CA)"),
     "--pin": Flag(str, "SHA-256 of the one certificate to trust (NEXUS_PIN)"),
     "--insecure": Flag(bool, "let keys go over plain http to other machines (NEXUS_INSECURE)"),
+    "--db": Flag(str, "database file (NEXUS_DB)"),
     "--agent-id": Flag(str, "who you are; remembered after join, claim and create"),
     "--ttl": Flag(int, "seconds of life"),
     "--max-agents": Flag(int, "most agents in the session"),
     "--greeting": Flag(str, "first message, from system"),
+    "--alias": Flag(str, "short name for the session on this machine"),
     "--creator-agent-id": Flag(str, "join as creator under this id"),
     "--after": Flag(str, "cursor to read from; 0 replays everything; the saved one stays"),
     "--members": Flag(bool, "list the members too"),
@@ -5709,13 +5892,16 @@ Verb = collections.namedtuple("Verb", "run arguments flags example")
 VERBS = {
     "serve": Verb(verb_serve, "", "", "serve --port 0 --db :memory:"),
     "demo": Verb(verb_demo, "", "", "demo"),
-    "create": Verb(verb_create, "", "--ttl --max-agents --greeting --creator-agent-id",
+    "selftest": Verb(verb_selftest, "", "", "selftest"),
+    "backup": Verb(verb_backup, "FILE", "--db", "backup nexus-copy.db --db nexus.db"),
+    "create": Verb(verb_create, "", "--ttl --max-agents --greeting --creator-agent-id --alias",
                    'create --creator-agent-id ada --greeting "Hello!"'),
     "status": Verb(verb_status, "SESSION", "", "status review"),
-    "join": Verb(verb_join, "SESSION", "--agent-id", "join SESSION --agent-id bob"),
+    "join": Verb(verb_join, "SESSION", "--agent-id --alias", "join SESSION --agent-id bob"),
     "leave": Verb(verb_leave, "SESSION", "--agent-id", "leave review"),
     "pair": Verb(verb_pair, "SESSION", "", "pair review"),
-    "claim": Verb(verb_claim, "CODE", "--agent-id", "claim PEARL-FOCAL-S5SJV --agent-id bob"),
+    "claim": Verb(verb_claim, "CODE", "--agent-id --alias",
+                  "claim PEARL-FOCAL-S5SJV --agent-id bob --alias review"),
     "pair-status": Verb(verb_pair_status, "CODE", "", "pair-status PEARL-FOCAL-S5SJV"),
     "send": Verb(verb_send, "SESSION [TEXT...]", "--agent-id --json --strict --idempotency-key",
                  'send review "Got it." --json \'{"page": 3}\''),
