@@ -106,8 +106,10 @@ MAX_AGENT_ID = 128              # characters in an agent id
 AGENT_ID_PATTERN = "[A-Za-z0-9_-]{1,%d}" % MAX_AGENT_ID
 MAX_MESSAGE_TTL = 3155760000    # seconds: a hundred years, so that a date stays a date
 MAX_ID = 2 ** 63 - 1            # the largest integer SQLite holds
-ANSWER_BYTES = 8 * 1024 * 1024  # a long answer ends after this many characters of content; the
+ANSWER_BYTES = 2 * 1024 * 1024  # a long answer ends after this many characters of content; the
                                 # cursor in it leads on, so 1,000 messages of 1 MiB never pile up
+BUSY_SECONDS = 5                # a write waits this long for a foreign lock on the database
+READERS = 8                     # idle reading connections kept: about 100 KiB each
 MAX_BATCH = 64                  # writes in one commit: bounds how long the first of them waits
 RATE_SECONDS = 60               # the window of --rate-limit
 SWEEP_SECONDS = 1.0             # pause between two expiry runs
@@ -118,6 +120,7 @@ HEAD_SECONDS = 10               # a request's head must be complete this long af
 BODY_SECONDS = 30               # and its body this long after the head
 IDLE_SECONDS = 60               # a keep-alive connection may be silent this long
 TICK_SECONDS = 5                # how often a blocked read or write looks at those clocks
+SLOWEST_CLIENT = 32 * 1024      # bytes a second that a client must take of a long answer
 LINGER_BYTES = 1 << 20          # unread bytes we swallow after a refusal, so that it is read
 DIGITS = 400                    # digits in a number of a JSON body: more is an attack on int()
 CLIENT_ATTEMPTS = 4             # tries of our own client
@@ -435,28 +438,34 @@ class Budget:
     def __init__(self, limit, seconds, clock):
         self.limit, self.seconds, self._clock = limit, seconds, clock
         self._windows = {}              # key -> [when its window opened, events in it]
+        self._pruned = 0.0
         self._lock = threading.Lock()
 
-    def wait(self, key):
-        """Seconds until this key may go on; 0 when it may go on now."""
-        window = self._windows.get(key)
-        if window is None or window[1] < self.limit:
-            return 0
-        return max(0, window[0] + self.seconds - self._clock.monotonic())
-
     def spend(self, key):
-        """Count one event; returns wait() as it was before, so 0 means: within the budget."""
+        """Count one event; returns 0 within the budget, else the seconds until it is renewed."""
         with self._lock:
             now = self._clock.monotonic()
             window = self._windows.get(key)
             if window is None or now - window[0] >= self.seconds:
-                if len(self._windows) >= 10000:     # addresses are cheap to an attacker
-                    self._windows = {k: w for k, w in self._windows.items()
-                                     if now - w[0] < self.seconds}
+                self._prune(now)
                 self._windows[key] = [now, 1]
                 return 0
             window[1] += 1
             return 0 if window[1] <= self.limit else window[0] + self.seconds - now
+
+    def refund(self, key):
+        """Take back one event: it turned out to be none of those that are counted."""
+        with self._lock:
+            window = self._windows.get(key)
+            if window:
+                window[1] -= 1
+
+    def _prune(self, now):
+        """Addresses are cheap to an attacker: drop closed windows, once a second at the most."""
+        if len(self._windows) >= 10000 and now - self._pruned >= 1:
+            self._pruned = now
+            self._windows = {key: window for key, window in self._windows.items()
+                             if now - window[0] < self.seconds}
 
 
 class _Refused(ValueError):
@@ -486,15 +495,16 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
-def _depth(text):
-    deepest = depth = 0
-    for brace in re.findall(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', text, re.S):
-        if brace in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif brace in "]}":
-            depth -= 1
-    return deepest
+def _too_deep(text, limit):
+    """Does JSON text nest deeper than `limit`? Strings are skipped; reading stops at the limit."""
+    depth = 0
+    for found in re.finditer(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', text, re.S):
+        sign = found.group()[0]
+        depth += sign in "[{"
+        depth -= sign in "]}"
+        if depth > limit:
+            return True
+    return False
 
 
 def parse_json(raw, max_depth=100):
@@ -504,7 +514,7 @@ def parse_json(raw, max_depth=100):
     to stay finite, nesting deeper than `max_depth`, half a surrogate pair (no UTF-8 can hold it).
     """
     text = raw if isinstance(raw, str) else raw.decode("utf-8")
-    if text.count("[") + text.count("{") > max_depth and _depth(text) > max_depth:
+    if text.count("[") + text.count("{") > max_depth and _too_deep(text, max_depth):
         raise _Refused("it is nested more than %d levels deep" % max_depth)
     value = _decode(text)
     if "\\u" in text:
@@ -521,9 +531,14 @@ def percent(text):
                   str(text).encode("utf-8", "surrogatepass")).decode()
 
 
+def is_loopback(host):
+    """Does this name or address mean the machine itself? 127.0.0.1.example.org does not."""
+    return bool(re.fullmatch(r"localhost|::1|127(\.\d{1,3}){3}", host, re.I))
+
+
 def one_line(text, limit=200):
     """Text that cannot forge a log line: control characters become '?', `limit` characters."""
-    return re.sub(r"[^\x20-\x7e\u00a0-\ud7ff]", "?", str(text)[:limit])
+    return re.sub(r"[^\x20-\x7e\u00a1-\u1fff]", "?", str(text)[:limit])
 
 
 def log(line):
@@ -935,11 +950,11 @@ def _redact_string(text, key, check, found):
 #
 # 201 means on disk. One connection writes, in WAL mode with synchronous=FULL; a write is answered
 # after the commit that holds it. Commits are shared: whoever finds nobody committing leads and
-# commits at once; whoever comes meanwhile queues, and the first of them leads the next commit for
-# all. No timer, no extra thread: a lone writer is not slowed, sixteen pay for one fsync.
-# Readers have connections of their own and never wait for a commit.
-# Lock order: _queue_lock and _writer_lock are never held together; nobody waits for anything but
-# the disk while holding _writer_lock.
+# commits at once; what comes meanwhile queues and goes into the next commit together. No timer, no
+# extra thread: a lone writer is not slowed, sixteen pay for one fsync. Readers have connections of
+# their own and never wait for a commit.
+# Lock order: _writer_lock before _queue_lock. Nobody waits for anything but the disk while holding
+# _writer_lock, and for nothing at all while holding _queue_lock.
 # ----------------------------------------------------------------------------------------
 
 # Step n brings a database from version n-1 to version n; PRAGMA user_version says where it is.
@@ -974,11 +989,12 @@ CREATE TABLE session_messages (
     created_at  INTEGER NOT NULL,
     expires_at  INTEGER,                     -- NULL: the greeting, which lives with its session
     redacted    TEXT,
+    size        INTEGER NOT NULL,            -- characters in text and json
     retry_key   TEXT,                        -- Idempotency-Key, and a hash of what came with it
     body_hash   BLOB);
 CREATE INDEX session_messages_by_end ON session_messages (expires_at);
 CREATE UNIQUE INDEX session_messages_by_key
-    ON session_messages (place >> 32, agent_id, retry_key) WHERE retry_key IS NOT NULL;
+    ON session_messages (place >> 32, agent_id, verified, retry_key) WHERE retry_key IS NOT NULL;
 CREATE TABLE codes (
     code_hash   BLOB PRIMARY KEY,
     session     INTEGER NOT NULL,
@@ -989,18 +1005,16 @@ CREATE TABLE messages (
     id          INTEGER PRIMARY KEY AUTOINCREMENT,
     channel     TEXT NOT NULL,
     sender      TEXT NOT NULL,
-    content     TEXT NOT NULL,
     correlation TEXT,
-    task        TEXT,
-    metadata    TEXT NOT NULL,
-    created_at  INTEGER NOT NULL,
+    wire        TEXT NOT NULL,               -- its JSON while it is pending, without {"id":n,
+    size        INTEGER NOT NULL,            -- characters in wire
     acked_at    INTEGER,
     expires_at  INTEGER,
-    redacted    TEXT,
+    created_at  INTEGER NOT NULL,
     retry_key   TEXT,
     body_hash   BLOB);
-CREATE INDEX messages_pending ON messages (channel, id, expires_at) WHERE acked_at IS NULL;
-CREATE INDEX messages_acked ON messages (channel, id) WHERE acked_at IS NOT NULL;
+CREATE INDEX messages_pending ON messages (channel, id, expires_at, size) WHERE acked_at IS NULL;
+CREATE INDEX messages_acked ON messages (channel, id, size) WHERE acked_at IS NOT NULL;
 CREATE INDEX messages_by_end ON messages (expires_at) WHERE expires_at IS NOT NULL;
 CREATE INDEX messages_by_ack ON messages (acked_at) WHERE acked_at IS NOT NULL;
 CREATE INDEX messages_by_correlation ON messages (channel, correlation, id)
@@ -1069,13 +1083,15 @@ class FileLock:
 
 
 class _Write:
-    """A write on its way into a commit: the job, and what became of it."""
+    """A write on its way into a commit: the job, what became of it, and whom to tell.
 
-    __slots__ = ("job", "turn", "result", "error", "done")
+    done(result, error) is called when it is on the disk, by the thread that committed it.
+    """
 
-    def __init__(self, job):
-        self.job, self.result, self.error, self.done = job, None, None, False
-        self.turn = None                # a lock that the leader releases: done, or lead yourself
+    __slots__ = ("job", "done", "result", "error")
+
+    def __init__(self, job, done):
+        self.job, self.done, self.result, self.error = job, done, None, None
 
 
 class _Spoiled(Exception):
@@ -1100,15 +1116,26 @@ class Database:
         self.path = path if self.memory else os.path.realpath(path)
         self.commits = self.writes = 0          # for the figures in /v1/stats
         self.on_rollback = []                   # caches to empty when a commit is taken back
+        self.lost = False                       # is the file gone from under us?
+        self.unscrubbed = True                  # is deleted content left in the WAL? at first: maybe
         self._queue = collections.deque()       # writes that wait for a commit
-        self._busy = False                      # is somebody leading?
-        self._queue_lock = threading.Lock()     # guards _queue and _busy
+        self._leader = None                     # the write whose thread commits now
+        self._tired = False                     # has it done its own, and may be relieved?
+        self._queue_lock = threading.Lock()     # guards these three
         self._writer_lock = threading.Lock()    # guards the writing connection
         self._readers = collections.deque()     # reading connections that are free
         self._owner = self._prepare_file()
         try:
-            self._writer = self._open()
-            self._migrate()
+            self._writer = self._connect()
+            try:
+                self._migrate()
+                self._tune(self._writer)
+            except BaseException:
+                self._writer.close()
+                raise
+        except sqlite3.Error as trouble:
+            self._release()
+            raise storage_error(trouble) from None
         except BaseException:
             self._release()
             raise
@@ -1120,15 +1147,22 @@ class Database:
         try:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
             os.chmod(self.path, 0o600)
+            self._identity = os.stat(self.path)
+            if self._identity.st_nlink > 1:
+                self._refuse("has a second name (a hard link), under which another server could"
+                             " open it unseen. Remove that name, or copy the file.")
             return FileLock(self.path)
         except OSError as trouble:
             raise NexusError("storage_unavailable", "Cannot write the database %s: %s. Choose a"
                              " file in a writable folder with --db." % (
                                  self.path, trouble.strerror)) from None
 
-    def _open(self):
-        connection = sqlite3.connect(self.path, timeout=5, isolation_level=None,
-                                     check_same_thread=False)
+    def _connect(self):
+        return sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None,
+                               check_same_thread=False)
+
+    @staticmethod
+    def _tune(connection):
         for pragma in ("synchronous=FULL", "secure_delete=ON", "wal_autocheckpoint=0",
                        "temp_store=MEMORY", "cache_size=-2000"):
             connection.execute("PRAGMA " + pragma)
@@ -1147,7 +1181,8 @@ class Database:
         advice = "Nothing was changed. Move it away, or choose another file with --db."
         if verdict != "ok":
             self._refuse("is damaged or not a database (%s). %s Its last copy made by"
-                         " `nexus.py backup` can be put in its place." % (verdict, advice))
+                         " `nexus.py backup` can be put in its place."
+                         % (" ".join(verdict.split()), advice))
         if tables and owner != APPLICATION_ID:
             self._refuse("belongs to another program. " + advice)
         if version > len(SCHEMA):
@@ -1161,49 +1196,72 @@ class Database:
     def _refuse(self, why):
         raise NexusError("storage_unavailable", "The file %s %s" % (self.path, why))
 
+    def check_file(self):
+        """Refuse writes from now on if the file was removed or replaced: they would go nowhere."""
+        try:
+            self.lost = not self.memory and not os.path.samestat(self._identity,
+                                                                 os.stat(self.path))
+        except OSError:
+            self.lost = True
+
     def write(self, job):
         """Run job(connection) in the next commit; return its result once that is on disk.
 
         A job looks first and changes afterwards: when it raises NexusError nothing of it stays,
         and the other writes of its commit are not touched. It may be run twice.
         """
-        write = _Write(job)
-        with self._queue_lock:
-            self._queue.append(write)
-            if self._busy:
-                write.turn = threading.Lock()
-                write.turn.acquire()
-            self._busy = True
-        if write.turn:
-            write.turn.acquire()        # held until the leader says: done, or: you lead
-        if not write.done:
-            self._lead()
+        ready = threading.Lock()
+        ready.acquire()
+        write = _Write(job, lambda *_: ready.release())
+        self._submit(write)
+        ready.acquire()
         if write.error:
             raise write.error
         return write.result
 
-    def _lead(self):
-        """Commit all that waits (the first of it is our own), then pass the lead on."""
+    def start(self, job, done):
+        """As write(), without waiting: done(result, error) is called by whoever commits it."""
+        self._submit(_Write(job, done))
+
+    def _submit(self, write):
+        """Queue a write, and lead if nobody does or the leader has done its own."""
         with self._queue_lock:
-            batch = [self._queue.popleft() for _ in range(min(len(self._queue), MAX_BATCH))]
-        try:
-            with self._writer_lock:
-                self._commit(batch)
-        finally:
+            self._queue.append(write)
+            lead = self._leader is None or self._tired
+            if lead:
+                self._leader, self._tired = write, False
+        if lead:
+            self._lead(write)
+
+    def _lead(self, own):
+        """Commit what waits until nothing does, or somebody who came later takes the lead over."""
+        more = True
+        while more:
+            with self._writer_lock:     # whom we relieve may be in the middle of a commit
+                with self._queue_lock:
+                    batch = [self._queue.popleft()
+                             for _ in range(min(len(self._queue), MAX_BATCH))]
+                if batch:
+                    self._commit(batch)
             with self._queue_lock:
-                successor = self._queue[0] if self._queue else None
-                self._busy = successor is not None
-            if successor:
-                successor.turn.release()
+                if self._leader is own:
+                    self._tired = bool(self._queue)
+                    self._leader = own if self._queue else None
             for write in batch:
-                write.done = True
-                if write.turn and write is not batch[0]:
-                    write.turn.release()
+                try:
+                    write.done(write.result, write.error)
+                except Exception as trouble:    # the others of the batch must hear of it too
+                    log("an answer was lost: %s" % type(trouble).__name__)
+            with self._queue_lock:
+                more = self._leader is own
 
     def _commit(self, batch):
-        db = self._writer
+        db, at_work = self._writer, False
         try:
+            if self.lost:
+                raise sqlite3.OperationalError("the file was removed or replaced; restart")
             db.execute("BEGIN IMMEDIATE")
+            at_work = True
             for write in batch:
                 before = db.total_changes
                 try:
@@ -1212,16 +1270,18 @@ class Database:
                     if db.total_changes != before:
                         raise _Spoiled() from refusal
                     write.error = refusal
+            at_work = False
             db.execute("COMMIT")
             self.commits += 1
             self.writes += len(batch)
         except BaseException as trouble:
             self._rollback()
-            if len(batch) > 1:          # find out whose fault it was: each on its own
+            if at_work and len(batch) > 1:      # find out whose fault it was: each on its own
                 for write in batch:
                     self._commit([write])
-            else:
-                batch[0].error = self._blame(trouble)
+            else:                               # BEGIN or COMMIT failed: it is the disk, for all
+                for write in batch:
+                    write.error = self._blame(trouble)
 
     def _rollback(self):
         for forget in self.on_rollback:
@@ -1252,13 +1312,18 @@ class Database:
         try:
             connection = self._readers.pop()
         except IndexError:
-            connection = self._open()
+            if not os.path.exists(self.path):   # connecting would create an empty one
+                raise storage_error("the file is gone") from None
+            connection = self._tune(self._connect())
         try:
             return self._fetch(connection, query, parameters, weigh)
         except sqlite3.DatabaseError as trouble:
             raise self._blame(trouble) from None
         finally:
-            self._readers.append(connection)
+            if len(self._readers) < READERS:
+                self._readers.append(connection)
+            else:
+                connection.close()
 
     @staticmethod
     def _fetch(connection, query, parameters, weigh):
@@ -1283,7 +1348,11 @@ class Database:
             return True
         self.read("PRAGMA wal_checkpoint(PASSIVE)")
         with self._writer_lock:
-            busy, _, _ = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._writer.execute("PRAGMA busy_timeout=0")   # no sender waits for a slow reader
+            try:
+                busy, _, _ = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:
+                self._writer.execute("PRAGMA busy_timeout=%d" % (BUSY_SECONDS * 1000))
         return not busy
 
     def wal_bytes(self):
@@ -1309,6 +1378,36 @@ class Database:
         if self._owner:
             self._owner.release()
             self._owner = None
+
+
+class Pending:
+    """An answer that waits for a commit: a job, and then(its result) -> the answer."""
+
+    def __init__(self, db, job, then):
+        self._db, self._job, self._then = db, job, then
+
+    def to(self, step):
+        """The same, with step(answer) in place of the answer."""
+        return Pending(self._db, self._job, lambda result: step(self._then(result)))
+
+    def wait(self):
+        """The answer, when the commit has happened."""
+        return self._then(self._db.write(self._job))
+
+    def start(self, done):
+        """done(answer, error) is called when the commit has happened, by whoever commits.
+
+        So a sender's thread sleeps once for each message, for the next one, and not twice.
+        """
+        def finish(result, error):
+            answer = None
+            if error is None:
+                try:
+                    answer = self._then(result)
+                except Exception as trouble:    # a fault here must not stop the committing thread
+                    error = trouble
+            done(answer, error)
+        self._db.start(self._job, finish)
 
 
 # ----------------------------------------------------------------------------------------
@@ -1381,6 +1480,8 @@ class Waiters:
                     self._places.setdefault(place, set()).add(bell)
                 found = look()
                 left = deadline - self._clock.monotonic()
+                if bell.gone:
+                    caller.gone = True
                 if found or left <= 0 or bell.gone or self.closed:
                     return found
                 bell.wait(min(left, due()) if due else left)
@@ -1519,7 +1620,7 @@ class Sessions:
                               now + ttl * 1000)).lastrowid
             if greeting is not None:
                 db.execute("INSERT INTO session_messages (place, id, agent_id, text, verified,"
-                           " created_at) VALUES (?, ?, 'system', ?, 1, ?)",
+                           " created_at, size) VALUES (?, ?, 'system', ?, 1, ?, 0)",
                            (num << 32, new_message_id(), greeting, now))
             if creator is None:
                 return None
@@ -1600,7 +1701,7 @@ class Sessions:
     def send(self, session_id, agent_id, key, text, payload, redacted, retry):
         """Store one message; `payload` is JSON text or None, `retry` (key, body hash) or None.
 
-        Returns (answer, whether this key was answered before).
+        Returns a Pending of (answer, whether this key was answered before).
         """
         now = self.clock.now()
         key_hash = digest(key) if key else None
@@ -1611,17 +1712,21 @@ class Sessions:
                 raise NexusError("forbidden")
             if key_hash and not same(session.key_hash, key_hash):
                 raise NexusError("invalid_session_key")
-            first = retry and self._first_answer(db, session.num, agent_id, retry)
+            first = retry and self._first_answer(db, session.num, agent_id,
+                                                 key_hash is not None, retry)
             if first:
-                return first, True, None
+                return first, True, session.num
             return self._store(db, session, agent_id, text, payload, key_hash is not None,
                                redacted, retry, now), False, session.num
 
-        answer, again, num = self.db.write(job)
-        if num is not None:
-            self._touch(num, agent_id, now)
-            self.waiters.notify(session_place(num))
-        return answer, again
+        def then(found):
+            answer, again, num = found
+            if not again:
+                self._touch(num, agent_id, now)
+                self.waiters.notify(session_place(num))
+            return answer, again
+
+        return Pending(self.db, job, then)
 
     def _store(self, db, session, agent_id, text, payload, verified, redacted, retry, now):
         size = len(text) + len(payload or "")
@@ -1630,9 +1735,9 @@ class Sessions:
             raise slow_down("quota_exceeded", 60)
         cursor, ends = session.last_cursor + 1, now + session.ttl * 1000
         message_id, (retry_key, body_hash) = new_message_id(), retry or (None, None)
-        db.execute("INSERT INTO session_messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        db.execute("INSERT INTO session_messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                    ((session.num << 32) + cursor, message_id, agent_id, text, payload, verified,
-                    now, ends, redacted, retry_key, body_hash))
+                    now, ends, redacted, size, retry_key, body_hash))
         db.execute("UPDATE sessions SET last_cursor = ?, expires_at = ?, messages = messages + 1,"
                    " size = size + ? WHERE num = ?", (cursor, ends, size, session.num))
         return self._sent(message_id, cursor, ends, redacted)
@@ -1644,10 +1749,11 @@ class Sessions:
             answer["redacted"] = redacted.split(",")
         return answer
 
-    def _first_answer(self, db, num, agent_id, retry):
+    def _first_answer(self, db, num, agent_id, verified, retry):
+        """Who has no key cannot use up the retry keys of who has."""
         row = db.execute("SELECT id, place, expires_at, redacted, body_hash FROM session_messages"
-                         " WHERE place >> 32 = ? AND agent_id = ? AND retry_key = ?",
-                         (num, agent_id, retry[0])).fetchone()
+                         " WHERE place >> 32 = ? AND agent_id = ? AND verified = ?"
+                         " AND retry_key = ?", (num, agent_id, verified, retry[0])).fetchone()
         if row is None:
             return None
         if row[4] != retry[1]:
@@ -1723,18 +1829,18 @@ class Sessions:
 
     def _code(self, text, caller):
         """(state, session's ttl, when the code ends); a code that can't be claimed costs."""
-        code = self._guarded(text, caller)
+        self._spend(caller)
         rows = self.db.read("SELECT c.claimed_at, c.expires_at, s.num, s.ttl, s.expires_at"
                             " FROM codes c LEFT JOIN sessions s ON s.num = c.session"
-                            " WHERE c.code_hash = ?", (digest(code or ""),))
+                            " WHERE c.code_hash = ?", (digest(read_code(text) or ""),))
         if not rows:
-            raise self._missed("code_not_found", caller)
+            raise NexusError("code_not_found")
         claimed_at, ends, num, ttl, session_ends = rows[0]
         now = self.clock.now()
         if claimed_at is None and ends > now and num is not None \
                 and max(session_ends, self.active_at.get(num, 0) + ttl * 1000) > now:
+            self._refund(caller)
             return "pending", ttl, ends
-        self._missed("code_expired_or_used", caller)
         return "expired" if claimed_at is None else "claimed", ttl, ends
 
     def code_state(self, text, caller):
@@ -1750,7 +1856,8 @@ class Sessions:
 
     def claim(self, text, agent_id, caller):
         """Use a code up and join its session, both in one commit. A refusal burns nothing."""
-        code_hash, now = digest(self._guarded(text, caller) or ""), self.clock.now()
+        self._spend(caller)
+        code_hash, now = digest(read_code(text) or ""), self.clock.now()
 
         def job(db):
             row = db.execute("SELECT s.id, c.expires_at, c.claimed_at FROM codes c LEFT JOIN"
@@ -1770,24 +1877,24 @@ class Sessions:
             return {"sessionId": session_id, "status": "claimed", "sessionKey": key}
 
         try:
-            return self.db.write(job)
+            answer = self.db.write(job)
         except NexusError as refusal:
-            if refusal.code in ("code_not_found", "code_expired_or_used"):
-                raise self._missed(refusal.code, caller) from None
+            if refusal.code not in ("code_not_found", "code_expired_or_used"):
+                self._refund(caller)
             raise
+        self._refund(caller)
+        return answer
 
-    def _guarded(self, text, caller):
-        """The code in its true spelling, unless the asker has used up its wrong guesses."""
-        wait = max(self.misses.wait(caller.address), self.all_misses.wait("all"))
+    def _spend(self, caller):
+        """Count a look-up as a wrong guess before it is made: guesses made at once count too."""
+        wait = max(self.misses.spend(caller.address), self.all_misses.spend("all"))
         if wait:
             raise slow_down("rate_limit_exceeded", wait,
                             "Too many wrong pairing codes. Wait as Retry-After says.")
-        return read_code(text)
 
-    def _missed(self, error_code, caller):
-        self.misses.spend(caller.address)
-        self.all_misses.spend("all")
-        return NexusError(error_code)
+    def _refund(self, caller):
+        self.misses.refund(caller.address)
+        self.all_misses.refund("all")
 
     def is_key(self, text):
         """Is this the key of an agent in a living session? Used by redaction."""
@@ -1842,9 +1949,9 @@ class Sessions:
                                                     self._sweep_codes))
 
     def _sweep_messages(self, db):
-        rows = db.execute("SELECT place, LENGTH(text) + LENGTH(COALESCE(json, ''))"
-                          " FROM session_messages WHERE expires_at <= ? LIMIT ?",
+        rows = db.execute("SELECT place, size FROM session_messages WHERE expires_at <= ? LIMIT ?",
                           (self.clock.now(), SWEEP_ROWS)).fetchall()
+        self.db.unscrubbed = self.db.unscrubbed or bool(rows)
         totals = {}
         for place, size in rows:
             count, total = totals.get(place >> 32, (0, 0))
@@ -1866,6 +1973,7 @@ class Sessions:
                                              SWEEP_ROWS)).fetchall()
             db.executemany("DELETE FROM session_messages WHERE place = ?", places)
             gone += len(places)
+            self.db.unscrubbed = True
             if len(places) < SWEEP_ROWS:
                 db.execute("DELETE FROM agents WHERE session = ?", (num,))
                 db.execute("DELETE FROM sessions WHERE num = ?", (num,))
@@ -1891,8 +1999,8 @@ class Sessions:
 # ----------------------------------------------------------------------------------------
 
 Message = collections.namedtuple(
-    "Message", "id channel sender content correlation task metadata created_at acked_at expires_at"
-               " redacted attempts lease_token leased_by free_at")
+    "Message", "id channel sender correlation wire size acked_at expires_at created_at attempts"
+               " lease_token leased_by free_at")
 COLUMNS = ", ".join(Message._fields)
 LIVING = "(expires_at IS NULL OR expires_at > ?)"
 
@@ -1902,22 +2010,34 @@ def channel_place(channel):
     return ("channel", channel)
 
 
+def new_message(channel, sender, content, correlation, task, metadata, ttl, redacted, now):
+    """A message before it has an id. `ttl` in seconds or None, `redacted` a list of types."""
+    ends = None if ttl is None else now + ttl * 1000
+    message = {"channel": channel, "sender": sender, "content": content, "status": "pending",
+               "correlationId": correlation, "taskId": task, "metadata": metadata,
+               "createdAt": iso(now), "ackedAt": None, "expiresAt": iso(ends)}
+    if redacted:
+        message["redacted"] = redacted
+    wire = to_json(message)[1:]
+    return Message(None, channel, sender, correlation, wire, len(wire), None, ends, now,
+                   0, None, None, 0)
+
+
 def _weight(row):
     """The characters of a Message row that an answer will carry."""
-    return len(row[3]) + len(row[6])
+    return row[5]
+
+
+def wire_text(message_id, wire):
+    """The JSON of a message that is pending, put together and not encoded again."""
+    return '{"id":%d,%s' % (message_id, wire)
 
 
 def wire_message(row, now=None):
     """A message as it goes over the wire; with `now`, its lease too while it has one."""
-    message = {
-        "id": row.id, "channel": row.channel, "sender": row.sender, "content": row.content,
-        "status": "pending" if row.acked_at is None else "acked",
-        "correlationId": row.correlation, "taskId": row.task,
-        "metadata": {} if row.metadata == "{}" else json.loads(row.metadata),
-        "createdAt": iso(row.created_at), "ackedAt": iso(row.acked_at),
-        "expiresAt": iso(row.expires_at)}
-    if row.redacted:
-        message["redacted"] = row.redacted.split(",")
+    message = json.loads(wire_text(row.id, row.wire))
+    if row.acked_at is not None:
+        message.update(status="acked", ackedAt=iso(row.acked_at))
     if now is not None and row.lease_token and row.free_at > now:
         message.update(attempts=row.attempts, leaseToken=row.lease_token, leasedBy=row.leased_by,
                        leaseExpiresAt=iso(row.free_at))
@@ -1978,9 +2098,8 @@ class Channels:
             usage = [0, 0]
             for state in ("IS NULL", "IS NOT NULL"):    # each has its index
                 count, total = db.execute(
-                    "SELECT COUNT(*), COALESCE(SUM(LENGTH(content) + LENGTH(metadata)), 0)"
-                    " FROM messages WHERE channel = ? AND acked_at " + state,
-                    (channel,)).fetchone()
+                    "SELECT COUNT(*), COALESCE(SUM(size), 0) FROM messages WHERE channel = ?"
+                    " AND acked_at " + state, (channel,)).fetchone()
                 usage[0], usage[1] = usage[0] + count, usage[1] + total
             self._usage[channel] = usage
         if usage[0] >= self.settings.max_channel_messages \
@@ -1990,21 +2109,22 @@ class Channels:
 
     # The calls of the seed.
 
-    def send(self, channel, sender, content, correlation, task, metadata, ttl, redacted, retry):
-        """Store one message; `metadata` is JSON text, `retry` (key, body hash) or None.
+    def send(self, draft, retry):
+        """Store a new_message(); `retry` is (key, body hash) or None.
 
-        Returns (message, whether this key was answered before).
+        Returns a Pending of (its JSON text, whether this key was answered before).
         """
-        now = self.clock.now()
-        draft = Message(None, channel, sender, content, correlation, task, metadata, now, None,
-                        None if ttl is None else now + ttl * 1000, redacted, 0, None, None, 0)
-        row, again = self.db.write(lambda db: self._insert(db, draft, retry))
-        if not again:
-            self.waiters.notify(channel_place(channel))
-        return wire_message(row), again
+        def then(found):
+            if not found[1]:
+                self.waiters.notify(channel_place(draft.channel))
+            return found
+        return Pending(self.db, lambda db: self._insert(db, draft, retry), then)
 
     def _insert(self, db, draft, retry):
-        """Store a draft inside a commit, unless its retry key has stored it before."""
+        """Store a draft inside a commit, unless its retry key has stored it before.
+
+        Returns (its JSON text, whether it was stored before).
+        """
         if retry:
             row = db.execute("SELECT body_hash, %s FROM messages WHERE channel = ? AND sender = ?"
                              " AND retry_key = ?" % COLUMNS,
@@ -2012,40 +2132,59 @@ class Channels:
             if row is not None:
                 if row[0] != retry[1]:
                     raise NexusError("idempotency_key_reused")
-                first = Message._make(row[1:])
-                return first._replace(acked_at=None), True
-        size = len(draft.content) + len(draft.metadata)
-        usage = self._room(db, draft.channel, size)
+                return wire_text(row[1], row[5]), True
+        usage = self._room(db, draft.channel, draft.size)
         cursor = db.execute(
-            "INSERT INTO messages (channel, sender, content, correlation, task, metadata,"
-            " created_at, expires_at, redacted, retry_key, body_hash)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (draft.channel, draft.sender, draft.content, draft.correlation, draft.task,
-             draft.metadata, draft.created_at, draft.expires_at, draft.redacted)
-            + (retry or (None, None)))
-        usage[0], usage[1] = usage[0] + 1, usage[1] + size
-        return draft._replace(id=cursor.lastrowid), False
+            "INSERT INTO messages (channel, sender, correlation, wire, size, expires_at,"
+            " created_at, retry_key, body_hash) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (draft.channel, draft.sender, draft.correlation, draft.wire, draft.size,
+             draft.expires_at, draft.created_at) + (retry or (None, None)))
+        usage[0], usage[1] = usage[0] + 1, usage[1] + draft.size
+        return wire_text(cursor.lastrowid, draft.wire), False
 
     def inbox(self, channel, after, limit, sender, correlation, include_acked, wait, caller):
-        """Messages after an id, oldest first; reading changes nothing."""
-        if limit == 0:
-            return []
+        """Messages after an id, oldest first: (how many, their JSON texts joined by commas).
+
+        Reading changes nothing. Pending messages are put together by SQLite as one row: stepping
+        through them would give the interpreter away and fetch it back for each.
+        """
         filters, values = "", ()
         if sender:
             filters, values = filters + " AND sender = ?", values + (sender,)
         if correlation:
             filters, values = filters + " AND correlation = ?", values + (correlation,)
-        query = "SELECT %s FROM messages WHERE channel = ? AND id > ?%s AND %s AND acked_at " % (
-            COLUMNS, filters, LIVING)
-        states = ("IS NULL", "IS NOT NULL") if include_acked else ("IS NULL",)
-        query = " UNION ALL ".join(query + state for state in states) + " ORDER BY id LIMIT ?"
+        query = " FROM messages WHERE channel = ? AND id > ?%s AND %s AND acked_at " % (
+            filters, LIVING)
+        floor = [after]         # a filter that found nothing need not look there again
 
         def look():
-            given = (channel, after) + values + (self.clock.now(),)
-            return self.db.read(query, given * len(states) + (limit,), weigh=_weight)
+            given = (channel, floor[0]) + values + (self.clock.now(),)
+            (last,), = self.db.read("SELECT MAX(id) FROM messages WHERE channel = ?"
+                                    " AND acked_at IS NULL", (channel,)) if wait else ((None,),)
+            found = read_page(given)
+            if not found:
+                floor[0] = max(floor[0], last or 0)
+            return found
 
-        rows = self.waiters.wait(channel_place(channel), look, wait, caller)
-        return [wire_message(Message._make(row)) for row in rows]
+        def read_page(given):
+            if not include_acked:
+                page = query + "IS NULL ORDER BY id LIMIT ?)"
+                (count, size), = self.db.read("SELECT COUNT(*), SUM(size) FROM (SELECT size" + page,
+                                              given + (limit,))
+                if not count or size <= ANSWER_BYTES:
+                    found = count and self.db.read(
+                        "SELECT COUNT(*), group_concat('{\"id\":' || id || ',' || wire) FROM"
+                        " (SELECT id, wire" + page, given + (limit,))[0]
+                    return found if found and found[0] else None
+            states = ("IS NULL", "IS NOT NULL") if include_acked else ("IS NULL",)
+            rows = self.db.read(" UNION ALL ".join("SELECT " + COLUMNS + query + state
+                                                   for state in states) + " ORDER BY id LIMIT ?",
+                                given * len(states) + (limit,), weigh=_weight)
+            return rows and (len(rows), ",".join(to_json(wire_message(Message._make(row)))
+                                                 for row in rows))
+
+        found = self.waiters.wait(channel_place(channel), look, wait, caller) if limit else None
+        return found or (0, "")
 
     def ack(self, message_id, token=None):
         """Acknowledge one message; with a lease token only if that lease is the current one."""
@@ -2105,10 +2244,14 @@ class Channels:
                               " AND %s AND free_at <= ? AND attempts < ? ORDER BY id LIMIT ?"
                               % (COLUMNS, LIVING), (channel, now, now, self.settings.max_attempts,
                                                     limit)).fetchall()
-            return [wire_message(self._update(
-                db, row, attempts=row.attempts + 1, lease_token=secrets.token_hex(16),
-                leased_by=consumer, free_at=now + seconds * 1000), now)
-                    for row in map(Message._make, rows)]
+            taken, left = [], ANSWER_BYTES
+            for row in map(Message._make, rows):
+                if left > 0:
+                    taken.append(wire_message(self._update(
+                        db, row, attempts=row.attempts + 1, lease_token=secrets.token_hex(16),
+                        leased_by=consumer, free_at=now + seconds * 1000), now))
+                left -= row.size
+            return taken
 
         def look():
             # Ask beside the writers first: who waits for work would otherwise commit nothings.
@@ -2155,26 +2298,32 @@ class Channels:
             db, self._pending(db, message_id, now), attempts=0))
 
     def reply(self, message_id, content, sender, metadata, redacted, token, retry):
-        """Answer a question where it wants the answer, and acknowledge it in the same commit."""
+        """Answer a question where it wants the answer, and acknowledge it in the same commit.
+
+        Returns a Pending of (the reply's JSON text, whether this key was answered before).
+        """
         now = self.clock.now()
 
         def job(db):
-            question = self._one(db, message_id, now)
-            if token and question.acked_at is None:
+            row = self._one(db, message_id, now)
+            if token and row.acked_at is None:
                 self._leased(db, message_id, token, now)
-            channel = json.loads(question.metadata).get("replyTo")
+            question = wire_message(row)
+            channel = question["metadata"].get("replyTo")
             if not (isinstance(channel, str) and 0 < len(channel) <= MAX_NAME):
-                channel = question.sender
-            draft = Message(None, channel, sender, content, question.correlation, question.task,
-                            metadata, now, None, None, redacted, 0, None, None, 0)
-            row, again = self._insert(db, draft, retry)
-            if question.acked_at is None:
-                self._update(db, question, acked_at=now, lease_token=None)
-            return row, again
+                channel = row.sender
+            found = self._insert(db, new_message(
+                channel, sender, content, row.correlation, question["taskId"], metadata, None,
+                redacted, now), retry)
+            if row.acked_at is None:
+                self._update(db, row, acked_at=now, lease_token=None)
+            return channel, found
 
-        row, again = self.db.write(job)
-        self.waiters.notify(channel_place(row.channel))
-        return wire_message(row), again
+        def then(channel_and_found):
+            channel, found = channel_and_found
+            self.waiters.notify(channel_place(channel))
+            return found
+        return Pending(self.db, job, then)
 
     def figures(self):
         """Counts for /v1/stats."""
@@ -2200,9 +2349,10 @@ class Channels:
         return self.db.write(job)
 
     def _delete(self, db, condition, limit):
-        rows = db.execute("SELECT id, channel, LENGTH(content) + LENGTH(metadata) FROM messages"
-                          " WHERE %s LIMIT ?" % condition, (limit, SWEEP_ROWS)).fetchall()
+        rows = db.execute("SELECT id, channel, size FROM messages WHERE %s LIMIT ?" % condition,
+                          (limit, SWEEP_ROWS)).fetchall()
         db.executemany("DELETE FROM messages WHERE id = ?", [row[:1] for row in rows])
+        self.db.unscrubbed = self.db.unscrubbed or bool(rows)
         for _, channel, size in rows:
             usage = self._usage.get(channel)
             if usage:
@@ -2232,7 +2382,6 @@ class Store:
         self.sessions = Sessions(self.db, self.waiters, self.clock, settings)
         self.channels = Channels(self.db, self.waiters, self.clock, settings)
         self.last_sweep = {"at": None, "deleted": 0, "milliseconds": 0}
-        self._unscrubbed = True         # is deleted content left in the WAL? After a crash: maybe
         self._scrubbed_at = self.clock.monotonic()
         self._stop = threading.Event()
         self._thread = None
@@ -2254,6 +2403,7 @@ class Store:
     def sweep(self):
         """One expiry run: write down activity, delete what is over, clean the WAL if need be."""
         began, deleted = time.perf_counter(), 0
+        self.db.check_file()
         self.sessions.write_activity()
         removed = self.sessions.remove_idle()
         for step in (self.sessions.sweep, self.channels.sweep):
@@ -2265,7 +2415,6 @@ class Store:
                     break
                 self._clean_wal()
                 self._stop.wait(time.perf_counter() - start)    # half the time is the senders'
-        self._unscrubbed = self._unscrubbed or bool(deleted or removed)
         self._clean_wal()
         if deleted or removed:
             self.last_sweep = {"at": iso(self.clock.now()), "deleted": deleted + removed,
@@ -2275,8 +2424,9 @@ class Store:
     def _clean_wal(self):
         """Empty the WAL when deleted content has been in it for long, or when it is long."""
         waited = self.clock.monotonic() - self._scrubbed_at
-        if self._unscrubbed and waited >= SCRUB_SECONDS or self.db.wal_bytes() > WAL_BYTES:
-            self._unscrubbed = not self.db.scrub()
+        if self.db.unscrubbed and waited >= SCRUB_SECONDS or self.db.wal_bytes() > WAL_BYTES:
+            self.db.unscrubbed = False          # before: what is deleted meanwhile counts again
+            self.db.unscrubbed = not self.db.scrub() or self.db.unscrubbed
             self._scrubbed_at = self.clock.monotonic()
 
     def close(self):
@@ -2330,16 +2480,16 @@ class Field:
         field.argument, field.required = argument, required
         field.name = self.header or camel(argument)
         field.tool = self.tool or camel(argument)
+        field.header_key = field.name.lower()
+        field._check = getattr(field, "_check_" + field.kind)
         return field
 
     def check(self, value, settings):
         """The value as the operation gets it. Raises ValueError with what is wrong with it."""
         if isinstance(value, str) and self.source != "body":
             value = self._read_text(value)
-        return getattr(self, "_check_" + self.kind)(value, self._highest(settings))
-
-    def _highest(self, settings):
-        return getattr(settings, self.high) if isinstance(self.high, str) else self.high
+        high = self.high
+        return self._check(value, getattr(settings, high) if isinstance(high, str) else high)
 
     def _read_text(self, text):
         """Numbers and switches arrive as text in paths, queries and headers."""
@@ -2375,8 +2525,9 @@ class Field:
         return self._in_range(value, highest)
 
     def _in_range(self, value, highest):
-        if self.low is not None and value < self.low:
-            raise ValueError("must be at least %d" % self.low)
+        lowest = -MAX_ID if self.low is None else self.low
+        if value < lowest:
+            raise ValueError("must be at least %d" % lowest)
         if value > (MAX_ID if highest is None else highest):
             raise ValueError("must be at most %d" % (MAX_ID if highest is None else highest))
         return value
@@ -2409,7 +2560,8 @@ class Operation:
         needed = len(names) - len(function.__defaults__ or ())
         self.fields = [function.__annotations__[name].bind(name, position < needed)
                        for position, name in enumerate(names)]
-        self.takes_body = any(field.source == "body" for field in self.fields)
+        self.body_fields = [field for field in self.fields if field.source == "body"]
+        self.other_fields = [field for field in self.fields if field.source != "body"]
 
 
 OPERATIONS = []
@@ -2436,7 +2588,7 @@ def operation(method, path, answer, status=200, guarded=False, tool=None):
 
 
 class Reply:
-    """An answer that is more than a JSON object: headers, another status, a page."""
+    """An answer that is more than a JSON object: ready text, headers, another status, a page."""
 
     def __init__(self, body, headers=(), status=None, content_type=None):
         self.body, self.headers, self.status = body, tuple(headers), status
@@ -2445,6 +2597,8 @@ class Reply:
 
 class Caller:
     """Who asks, when nobody needs watching: tests, MCP. The HTTP server has one that watches."""
+
+    gone = False        # has it hung up while it waited?
 
     def __init__(self, address="local", exempt=True):
         self.address, self.exempt = address, exempt
@@ -2494,8 +2648,8 @@ class Tokens:
         """Is this one of the tokens? All are compared, each in constant time."""
         try:
             self._refresh()
-        except OSError:
-            self._listed = []           # the list is gone: nobody on it is let in
+        except (OSError, ValueError):
+            self._listed, self._stamp = [], None    # no list, or not text: nobody on it is let in
         given = digest(token)
         return sum(same(given, known) for known in self._fixed + self._listed) > 0
 
@@ -2514,6 +2668,7 @@ class App:
         self.names = {"localhost", base.group(1) if base else "localhost"}
         if settings.host not in ("127.0.0.1", "localhost"):
             self.names.add(settings.host.lower())
+        self.good_hosts = set()         # Host headers that were found good: most clients send one
         machine = socket.gethostname().lower()
         self.names.update((machine, machine.split(".")[0], machine.split(".")[0] + ".local"))
 
@@ -2534,16 +2689,22 @@ class App:
 def check_host(call):
     """Stop DNS rebinding: the Host header must name this machine, or be an address."""
     host = call.headers.get("host")
-    if host is None:
+    if host is None or host in call.app.good_hosts:
         return
     name = host[:host.rfind(":")] if re.search(r":\d*$", host) else host
     if not (name.lower() in call.app.names or re.fullmatch(r"[\d.]+|\[[0-9a-fA-F:.]+\]", name)):
         raise NexusError("host_not_allowed")
+    if len(call.app.good_hosts) < 64:
+        call.app.good_hosts.add(host)
 
 
 def check_origin(call):
     """Stop other web pages: a browser names the page that sends a request in Origin."""
-    origin = call.headers.get("origin")
+    headers = call.headers
+    if headers.get("sec-fetch-site") == "cross-site" \
+            and headers.get("sec-fetch-mode") != "navigate":
+        raise NexusError("origin_not_allowed")      # an <img> or <script>; following a link may
+    origin = headers.get("origin")
     if origin is None:
         return
     allowed = [scheme + "://" + call.headers.get("host", "") for scheme in ("http", "https")]
@@ -2616,9 +2777,11 @@ def read_body(call):
     """The JSON object in a request's body; no body at all is an empty object."""
     if not call.body:
         return {}
-    kind = call.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind and kind != "application/json" and not kind.endswith("+json"):
-        raise NexusError("unsupported_media_type")
+    kind = call.headers.get("content-type", "")
+    if kind and kind != "application/json":
+        kind = kind.partition(";")[0].strip().lower()
+        if kind != "application/json" and not kind.endswith("+json"):
+            raise NexusError("unsupported_media_type")
     try:
         body = parse_json(call.body, call.app.settings.max_json_depth)
     except (ValueError, RecursionError) as trouble:
@@ -2631,29 +2794,28 @@ def read_body(call):
 
 def gather(call, entry, texts):
     """All inputs of an operation by field: path, query, headers and body, still unchecked."""
-    inputs, query = {}, None
-    body = read_body(call) if entry.takes_body else None
-    texts = iter(texts)
-    for field in entry.fields:
+    inputs, query, texts = {}, None, iter(texts)
+    for field in entry.other_fields:
         value = None
-        if field.source == "path":
-            value = unquote(next(texts), field.name)
-        elif field.source == "header":
-            value = call.headers.get(field.name.lower())
+        if field.source == "header":
+            value = call.headers.get(field.header_key)
             if value == "" and not field.low:
                 value = None            # an empty shell variable: as if it were not there
+        elif field.source == "path":
+            value = unquote(next(texts), field.name)
         elif field.source == "raw":
             value = call.body
-        elif field.source == "body":
-            if field.name in body:
-                inputs[field] = body[field.name]
-            continue
         elif call.query:
             if query is None:
                 query = read_query(call.query)
             value = query.get(field.name)
         if value is not None:
             inputs[field] = value
+    if entry.body_fields:
+        body = read_body(call)
+        for field in entry.body_fields:
+            if field.name in body:
+                inputs[field] = body[field.name]
     return inputs
 
 
@@ -2706,9 +2868,9 @@ def retry_mark(key, *parts):
     return key and (key, hashlib.sha256(canonical_json(parts).encode()).digest())
 
 
-def replayed(answer, again):
-    """An answer, marked if an earlier request with the same Idempotency-Key got it first."""
-    return Reply(answer, [("Idempotent-Replay", "true")]) if again else answer
+def replayed(found):
+    """(answer, again) as a Reply, marked if an earlier request with the same key got it first."""
+    return Reply(found[0], [("Idempotent-Replay", "true")] if found[1] else ())
 
 
 # The fields that operations share.
@@ -2791,10 +2953,9 @@ def send_message(call, session_id: SESSION_ID, agent_id: AGENT_ID,
     if json_ is not None:
         json_, more = blackout(call, json_)
         found, payload = sorted(set(found) | set(more)), to_json(json_)
-    answer, again = call.app.store.sessions.send(
+    return call.app.store.sessions.send(
         session_id, agent_id, session_key, text, payload, ",".join(found) or None,
-        retry_mark(idempotency_key, text, json_))
-    return replayed(answer, again)
+        retry_mark(idempotency_key, text, json_)).to(replayed)
 
 
 @operation("GET", "/v1/sessions/{session_id}/messages", "Polled", tool="nexus_poll")
@@ -2880,15 +3041,15 @@ def channel_send(call, channel: Field("body", low=1, high=MAX_NAME), content: CO
                  idempotency_key: RETRY_KEY = None):
     """Leave a message in a channel"""
     content, found = blackout(call, content)
-    notes = "{}"
     if metadata:
         metadata, more = blackout(call, metadata)
-        found, notes = sorted(set(found) | set(more)), to_json(metadata)
-    message, again = call.app.store.channels.send(
-        channel, sender, content, correlation_id, task_id, notes, ttl_seconds,
-        ",".join(found) or None,
-        retry_mark(idempotency_key, content, correlation_id, task_id, metadata or {}, ttl_seconds))
-    return replayed(message, again)
+        found = sorted(set(found) | set(more))
+    store = call.app.store
+    draft = new_message(channel, sender, content, correlation_id, task_id, metadata or {},
+                        ttl_seconds, found, store.clock.now())
+    return store.channels.send(draft, retry_mark(
+        idempotency_key, content, correlation_id, task_id, metadata or {}, ttl_seconds)
+    ).to(replayed)
 
 
 @operation("GET", "/api/messages/inbox/{channel}", "Inbox", guarded=True, tool="tx_inbox")
@@ -2897,9 +3058,10 @@ def channel_inbox(call, channel: CHANNEL, after_id: AFTER_ID = 0,
                   correlation_id: Field("query") = None,
                   include_acked: Field("query", "boolean") = False, wait: WAIT = 0):
     """Read a channel's pending messages; changes nothing"""
-    messages = call.app.store.channels.inbox(channel, after_id, min(limit, MAX_POLL), sender,
-                                             correlation_id, include_acked, wait, call.caller)
-    return {"messages": messages, "channel": channel, "count": len(messages)}
+    count, messages = call.app.store.channels.inbox(
+        channel, after_id, min(limit, MAX_POLL), sender, correlation_id, include_acked, wait,
+        call.caller)
+    return Reply('{"messages":[%s],"channel":%s,"count":%d}' % (messages, to_json(channel), count))
 
 
 @operation("POST", "/api/messages/{id}/ack", "OneMessage", guarded=True, tool="tx_ack")
@@ -2974,10 +3136,9 @@ def message_reply(call, id: MESSAGE_ID, content: CONTENT, sender: SENDER = "api"
     """Answer a question and acknowledge it"""
     content, found = blackout(call, content)
     metadata, more = blackout(call, metadata or {})
-    answer, again = call.app.store.channels.reply(
-        id, content, sender, to_json(metadata), ",".join(sorted(set(found) | set(more))) or None,
-        lease_token, retry_mark(idempotency_key, content, metadata))
-    return replayed(answer, again)
+    return call.app.store.channels.reply(
+        id, content, sender, metadata, sorted(set(found) | set(more)), lease_token,
+        retry_mark(idempotency_key, content, metadata)).to(replayed)
 
 
 def ask(messages, channel, content, sender, timeout, resume, question=None):
@@ -3014,13 +3175,15 @@ class ServerMessages:
         self._call = call
 
     def send(self, **values):
-        """Leave a message, checked like any other."""
-        found = channel_send(self._call, **values)
-        return found.body if isinstance(found, Reply) else found
+        """Leave a message."""
+        return json.loads(channel_send(self._call, **values).wait().body)
 
     def inbox(self, channel, **values):
-        """Messages of a channel."""
-        return channel_inbox(self._call, channel, **values)["messages"]
+        """Messages of a channel. Raises server_busy when there is nobody to wait for any more."""
+        found = json.loads(channel_inbox(self._call, channel, **values).body)["messages"]
+        if not found and (self._call.caller.gone or self._call.app.store.waiters.closed):
+            raise NexusError("server_busy", "The server stops, or the asker has left.")
+        return found
 
     def ack(self, message_id):
         """Acknowledge a message."""
@@ -3435,7 +3598,7 @@ def _parse_request_line(line):
         raise bad_request("the method is not a word")
     if version not in (b"HTTP/1.1", b"HTTP/1.0"):
         raise bad_request("the version is neither HTTP/1.1 nor HTTP/1.0")
-    if target[:1] != b"/" or b"#" in target:
+    if target[:1] != b"/" or b"#" in target or b"\t" in target:
         raise bad_request("the target is not a path")
     try:
         return method.decode("ascii"), target.decode("ascii"), version[5:].decode("ascii")
@@ -3490,6 +3653,11 @@ def parse_head(head, max_headers=64):
     return Request(method, path, query, headers, keep_alive, _body_length(headers, version))
 
 
+def dont_wait():
+    """The flag that keeps a single send or recv from waiting; 0 where there is none (Windows)."""
+    return getattr(socket, "MSG_DONTWAIT", 0)
+
+
 class HangUp(Exception):
     """The client is gone, too slow, or silent for too long: close without a word."""
 
@@ -3507,21 +3675,8 @@ def _date_line(second):
     return time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT\r\n", time.gmtime(second)).encode()
 
 
-def respond(call, request_id):
-    """Perform a call and turn whatever comes of it into (status, type, headers, body bytes)."""
-    try:
-        entry, result = perform(call)
-    except NexusError as refusal:
-        return refusal.status, "application/json", refusal.headers, \
-            to_json(refusal.body(call.path.startswith("/api/"))).encode("utf-8")
-    except Exception as trouble:        # a fault of ours: the client gets a number to quote
-        frame = trouble.__traceback__
-        while frame.tb_next:
-            frame = frame.tb_next
-        log("internal error, request %s: %s in %s, line %d" % (  # no message: it could quote data
-            request_id, type(trouble).__name__, frame.tb_frame.f_code.co_name, frame.tb_lineno))
-        body = NexusError("internal_error").body(call.path.startswith("/api/"))
-        return 500, "application/json", (), to_json(body).encode("utf-8")
+def render(entry, result):
+    """What an operation returned as (status, type, headers, body bytes)."""
     if not isinstance(result, Reply):
         return entry.status, "application/json", (), to_json(result).encode("utf-8")
     body = result.body if isinstance(result.body, str) else to_json(result.body)
@@ -3529,8 +3684,46 @@ def respond(call, request_id):
         result.headers, body.encode("utf-8")
 
 
+def refuse(call, request_id, trouble):
+    """An exception as (status, type, headers, body bytes).
+
+    A fault of ours is a line in the log and a number to quote, without its message: that could
+    hold data.
+    """
+    if not isinstance(trouble, NexusError):
+        frame = trouble.__traceback__
+        while frame.tb_next:
+            frame = frame.tb_next
+        log("internal error, request %s: %s in %s, line %d" % (
+            request_id, type(trouble).__name__, frame.tb_frame.f_code.co_name, frame.tb_lineno))
+        trouble = NexusError("internal_error")
+    body = trouble.body(call.path.startswith("/api/"))
+    return trouble.status, "application/json", trouble.headers, to_json(body).encode("utf-8")
+
+
+def respond(call, request_id, deliver, at_once):
+    """Perform a call; deliver(status, type, headers, body bytes) is called when it is done.
+
+    What waits for a commit is delivered by whoever commits, unless it must be done `at_once`,
+    before this returns.
+    """
+    try:
+        entry, result = perform(call)
+        if isinstance(result, Pending):
+            if not at_once:
+                result.start(lambda answer, error: deliver(
+                    *refuse(call, request_id, error) if error else render(entry, answer)))
+                return
+            result = result.wait()
+        answer = render(entry, result)
+    except Exception as trouble:        # whatever it is, the client gets an answer
+        answer = refuse(call, request_id, trouble)
+    deliver(*answer)
+
+
 def network_of(address):
     """The part of an address that budgets count: an IPv6 site owns 2^64 addresses, its /64."""
+    address = address[7:] if address.lower().startswith("::ffff:") else address
     if ":" not in address:
         return address
     try:
@@ -3544,14 +3737,16 @@ class Connection(Caller):
 
     def __init__(self, sock, peer, server):
         self.sock, self.server, self.settings = sock, server, server.app.settings
-        self.peer = self.address = peer
+        self.peer = self.address = network_of(peer)
         self.busy = False               # between a request's first byte and its answer's last
-        self.exempt = self.local = peer.startswith("127.") or peer in ("::1", "::ffff:127.0.0.1")
+        self._turn = threading.Lock()   # held while an answer is owed: answers keep their order
+        self.exempt = self.local = self.peer.startswith("127.") or peer == "::1"
         self._buffer = b""              # received and not yet used
-        self._bell = None
+        self._last = None, None         # the last head and the Request that it is
 
     def run(self):
         """Serve requests until the connection ends. Never raises for what the client does."""
+        self._thread = threading.get_ident()
         try:
             if self.server.tls:
                 self.sock.settimeout(HEAD_SECONDS)
@@ -3562,6 +3757,7 @@ class Connection(Caller):
         except (HangUp, OSError):       # ssl.SSLError is an OSError too
             pass
         finally:
+            self._turn.acquire(timeout=BODY_SECONDS)    # an answer may still be on its way
             self._close()
 
     def _set_timeouts(self):
@@ -3619,31 +3815,98 @@ class Connection(Caller):
             self._buffer += self._receive(deadline)
 
     def _serve_one(self):
-        """One request and its answer; returns whether another may follow."""
-        self.busy = bool(self._buffer)
+        """One request and its answer; returns whether another may follow.
+
+        The answer to a send is written by the thread that commits it, while this one is back at
+        waiting for the next request.
+        """
         if self.server.stopping and not self._buffer:
             return False
-        began, number = time.monotonic(), next(self.server.numbers)
-        request_id = "%s-%x" % (self.server.name, number)
-        self.server.app.requests = number
+        request = None
         try:
-            request = parse_head(self._read_head(), self.settings.max_headers)
-            body = self._read_body(request)
+            head = self._read_head()
+            if head == self._last[0]:   # a keep-alive client repeats itself
+                request = self._last[1]
+            else:
+                request = parse_head(head, self.settings.max_headers)
+                self._last = head, request
+            body = self._read_body(request) if request.length != 0 else b""
         except NexusError as refusal:
-            self._write(refusal.status, "application/json", refusal.headers,
-                        to_json(refusal.body()).encode(), request_id, close=True)
+            self._turn.acquire()
+            request_id, _ = self.server.next_request()
+            self._deliver((None, 0.0, request_id, False, False), refusal.status,
+                          "application/json", refusal.headers, to_json(refusal.body(
+                              request is not None and request.path.startswith("/api/"))).encode())
             self._linger()
             return False
+        request_id, began = self.server.next_request()
         call = Call(self.server.app, self, request.method, request.path, request.query,
                     request.headers, body)
         self._believe_proxy(call)
-        status, kind, headers, payload = respond(call, request_id)
         keep = request.keep_alive and not self.server.stopping
-        self._write(status, kind, headers, payload, request_id, not keep, request.method == "HEAD")
-        if self.settings.verbose:
-            self._log(call, status, began, request_id)
-        self.busy = False
+        note = (call, began, request_id, keep, request.method == "HEAD")
+        self._turn.acquire()            # the answer before this one must be out
+        respond(call, request_id, functools.partial(self._deliver, note),
+                at_once=bool(not keep or self._buffer or self.server.tls or not dont_wait()))
         return keep
+
+    def _deliver(self, note, status, kind, headers, payload):
+        """Write an answer; called by this connection's thread or by the one that commits."""
+        call, began, request_id, keep, head_only = note
+        head = _status_line(status, kind) + _date_line(int(time.time())) \
+            + b"X-Request-Id: %s\r\nContent-Length: %d\r\n" % (request_id.encode(), len(payload))
+        for name, value in headers:
+            head += ("%s: %s\r\n" % (name, value)).encode("latin-1")
+        head += b"\r\n" if keep else b"Connection: close\r\n\r\n"
+        self._send_all(head if head_only else head + payload)
+        if call and self.settings.verbose:
+            self._log(call, status, began, request_id)
+
+    def _send_all(self, data):
+        """Write without waiting; what the client does not take at once, a thread of its own does.
+
+        A thread that commits for others must not wait for a client that does not read.
+        """
+        try:
+            sent = 0 if self.server.tls else self.sock.send(data, dont_wait())
+        except (BlockingIOError, socket.timeout):
+            sent = 0
+        except OSError:                 # the client is gone, its thread will notice
+            sent = len(data)
+        if sent == len(data):
+            self._finish()
+        elif self._is_own_thread():
+            self._send_rest(data[sent:])
+        else:
+            try:
+                threading.Thread(target=self._send_rest, args=(data[sent:],), daemon=True).start()
+            except RuntimeError:        # no more threads: this client has to go
+                self.interrupt()
+                self._finish()
+
+    def _is_own_thread(self):
+        return threading.get_ident() == self._thread
+
+    def _finish(self):
+        self.busy = False
+        self._turn.release()
+
+    def _send_rest(self, data):
+        """All of the data, if the client takes it in BODY_SECONDS and what its length allows."""
+        view = memoryview(data)
+        deadline = time.monotonic() + BODY_SECONDS + len(data) / SLOWEST_CLIENT
+        try:
+            while view and time.monotonic() < deadline:
+                try:
+                    view = view[self.sock.send(view):]
+                except (BlockingIOError, socket.timeout, ssl.SSLWantWriteError):
+                    pass                # a tick: look at the deadline
+        except OSError:
+            pass                        # the client is gone, its thread will notice
+        finally:
+            if view:
+                self.interrupt()
+            self._finish()
 
     def _believe_proxy(self, call):
         """With --trust-proxy the last proxy says who asks, and whether over https."""
@@ -3660,14 +3923,14 @@ class Connection(Caller):
         if request.length is not None and request.length > limit:
             raise NexusError("payload_too_large", "The body has %d bytes; this server takes %d"
                              " (--max-body)." % (request.length, limit))
-        if request.length == 0:
-            return b""
+        if request.length is not None and len(self._buffer) >= request.length:
+            return self._take(request.length, 0)
         deadline = time.monotonic() + BODY_SECONDS
         expect = request.headers.get("expect", "").lower()
         if expect and expect != "100-continue":
             raise bad_request("only Expect: 100-continue is understood")
         if expect and len(self._buffer) < (request.length or 1):
-            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         if request.length is None:
             return self._read_chunks(limit, deadline)
         return self._take(request.length, deadline)
@@ -3712,30 +3975,10 @@ class Connection(Caller):
                 return b"".join(parts)
         raise NexusError("headers_too_large", "The body has too many trailer lines.")
 
-    def _write(self, status, kind, headers, payload, request_id, close=False, head_only=False):
-        """One answer in one write."""
-        head = _status_line(status, kind) + _date_line(int(time.time())) \
-            + b"X-Request-Id: %s\r\nContent-Length: %d\r\n" % (request_id.encode(), len(payload))
-        for name, value in headers:
-            head += ("%s: %s\r\n" % (name, value)).encode("latin-1")
-        head += b"Connection: close\r\n\r\n" if close else b"\r\n"
-        self._send(head if head_only else head + payload)
-
-    def _send(self, data):
-        """All of the data, as long as the client takes some of it within BODY_SECONDS."""
-        deadline, view = None, memoryview(data)
-        while view:
-            try:
-                view = view[self.sock.send(view):]
-            except (BlockingIOError, socket.timeout, ssl.SSLWantWriteError):
-                deadline = deadline or time.monotonic() + BODY_SECONDS
-                if time.monotonic() >= deadline:
-                    raise HangUp() from None
-
     def _linger(self):
         """Read on for a moment after a refusal: a reset would take it from the client."""
         deadline, left = time.monotonic() + 2, LINGER_BYTES
-        self.sock.shutdown(socket.SHUT_WR)
+        socket.socket.shutdown(self.sock, socket.SHUT_WR)
         while left > 0:
             left -= len(self._receive(deadline))
 
@@ -3750,17 +3993,16 @@ class Connection(Caller):
 
     def watch(self, bell):
         """Have the watchman ring the bell when this client hangs up."""
-        self._bell = bell
         self.server.watchman.watch(self.sock, bell)
 
     def unwatch(self, bell):
         """It may hang up again as it likes."""
-        self.server.watchman.unwatch(self.sock)
+        self.server.watchman.unwatch(self.sock, bell)
 
     def interrupt(self):
         """End a connection that waits for its next request; called from another thread."""
-        try:
-            self.sock.shutdown(socket.SHUT_RD)
+        try:        # not SSLSocket's own shutdown(), after which it would send in the clear
+            socket.socket.shutdown(self.sock, socket.SHUT_RD)
         except OSError:
             pass                        # it has ended by itself
 
@@ -3784,11 +4026,12 @@ class Watchman:
         with self._lock:
             self._selector.register(sock, selectors.EVENT_READ, bell)
 
-    def unwatch(self, sock):
-        """Stop watching; does nothing for a socket that was let go already."""
+    def unwatch(self, sock, bell):
+        """Stop watching for this bell; does nothing when it was let go already."""
         with self._lock:
             try:
-                self._selector.unregister(sock)
+                if self._selector.get_key(sock).data is bell:
+                    self._selector.unregister(sock)
             except (KeyError, ValueError):
                 pass                    # the thread was quicker
 
@@ -3798,7 +4041,7 @@ class Watchman:
             for key, _ in self._selector.select(1.0):
                 if key.fileobj is self._near:
                     return
-                self.unwatch(key.fileobj)
+                self.unwatch(key.fileobj, key.data)
                 if self._has_left(key.fileobj):
                     key.data.gone = True
                     key.data.ring()
@@ -3807,7 +4050,9 @@ class Watchman:
     def _has_left(sock):
         """Is this the end? Under TLS any byte is taken for one: it is the closing alert."""
         try:
-            byte = socket.socket.recv(sock, 1, socket.MSG_PEEK)
+            byte = socket.socket.recv(sock, 1, socket.MSG_PEEK | dont_wait())
+        except BlockingIOError:
+            return False                # what made it readable was taken meanwhile
         except OSError:
             return True
         return not byte or isinstance(sock, ssl.SSLSocket)
@@ -3844,7 +4089,7 @@ class ServerLogic:
 
     def process_request(self, request, client_address):
         """Serve a new connection in a thread of its own, or refuse it when there are too many."""
-        connection = Connection(request, network_of(client_address[0]), self)
+        connection = Connection(request, client_address[0], self)
         with self.connections_lock:
             full = len(self.connections) >= self.app.settings.max_connections or self.stopping
             if not full:
@@ -3866,13 +4111,17 @@ class ServerLogic:
             with self.connections_lock:
                 self.connections.discard(connection)
 
-    @staticmethod
-    def _refuse(request):
+    def _refuse(self, request):
+        """503 from the accepting thread, which must not wait: what cannot be sent is not."""
         body = to_json(NexusError("server_busy").body()).encode()
+        request_id, _ = self.next_request()
         try:
             request.setblocking(False)
-            request.send(_status_line(503, "application/json") + b"Retry-After: 5\r\nConnection:"
-                         b" close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            request.send(_status_line(503, "application/json") + b"Retry-After: 5\r\nX-Request-Id:"
+                         b" %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (
+                             request_id.encode(), len(body)) + body)
+            request.shutdown(socket.SHUT_WR)
+            request.recv(65536)         # unread bytes would turn the close into a reset
         except OSError:
             pass                        # nobody is there to be refused
         request.close()
@@ -3880,6 +4129,11 @@ class ServerLogic:
     def handle_error(self, request, client_address):
         """A fault while accepting: a line in the log, never a traceback."""
         log("connection failed: %s" % sys.exc_info()[0].__name__)
+
+    def next_request(self):
+        """(a new request's id, the time)."""
+        self.app.requests = number = next(self.numbers)
+        return "%s-%x" % (self.name, number), time.monotonic()
 
     @property
     def url(self):
@@ -3924,7 +4178,7 @@ def make_server(settings, clock=None):
     tokens cannot be used.
     """
     if not (settings.token or settings.token_file or settings.insecure
-            or settings.host in ("localhost", "::1") or settings.host.startswith("127.")):
+            or is_loopback(settings.host)):
         raise NexusError("refused_to_start", "Anybody who reaches %s could use this server. Set a"
                          " token (NEXUS_TOKEN or --token-file), or say --insecure if that is"
                          " meant." % settings.host)
@@ -3953,21 +4207,37 @@ def make_server(settings, clock=None):
     return server
 
 
-def raise_file_limit():
-    """Allow as many open sockets as the system lets us: each waiting client is one."""
+def raise_file_limit(settings):
+    """Allow as many open sockets as the system lets us, and no more connections than that."""
     try:
         import resource
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (ImportError, ValueError, OSError):
-        pass                            # Windows has no such limit; others keep theirs
+        return                          # Windows has no such limit; others keep theirs
+    if hard != resource.RLIM_INFINITY:  # 40: the database, its readers, the log
+        settings.max_connections = max(1, min(settings.max_connections, hard - 40))
+
+
+def stay_on_one_core():
+    """Keep this thread, and those it will start, on one processor, where the system can (Linux).
+
+    One thread at a time runs Python anyway. Handed from core to core between them the interpreter
+    does a third fewer requests a second. Expiry has a thread from before, which stays free.
+    """
+    try:
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[os.getpid() % len(
+            os.sched_getaffinity(0))]})
+    except (AttributeError, OSError):
+        pass                            # elsewhere, or not allowed: only slower
 
 
 def serve(settings):
     """Run a server until SIGTERM or Ctrl-C; then finish what is under way and return."""
-    raise_file_limit()
+    raise_file_limit(settings)
     threading.stack_size(512 * 1024)    # of address space a thread; ours are shallow
     server = make_server(settings)
+    stay_on_one_core()
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -4022,7 +4292,7 @@ class Address:
         self.path = (match.group(4) or "").rstrip("/")
         self.url = url.rstrip("/")
         self.authority = re.sub(r"^\w+://", "", self.url)[:len(match.group(2)) + 6].split("/")[0]
-        self.loopback = self.host in ("localhost", "::1") or self.host.startswith("127.")
+        self.loopback = is_loopback(self.host)
 
 
 class Answer:
@@ -4034,11 +4304,14 @@ class Answer:
         if len(parts) < 2 or not parts[0].startswith(b"HTTP/") or not parts[1].isdigit():
             raise ConnectionError("what came back is not HTTP" if line else "it hung up")
         self.status, self.headers = int(parts[1]), {}
-        for line in iter(lambda: stream.readline(65536), b""):
+        while line.endswith(b"\n"):
+            line = stream.readline(65536)
             name, colon, value = line.decode("latin-1").partition(":")
             if not colon:
                 break
             self.headers[name.strip().lower()] = value.strip()
+        if not line.endswith(b"\n"):
+            raise ConnectionError("the answer was cut off")
         if self.status == 100:
             self.__init__(stream)
         elif "chunked" in self.headers.get("transfer-encoding", "").lower():
@@ -4083,10 +4356,8 @@ def exchange(address, method, path, headers, body, timeout, ca=None, pin=None):
     sent = False
     try:
         sock = socket.create_connection((address.host, address.port), timeout)
-        with sock:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if address.secure:
-                sock = _tls_socket(sock, address, ca, pin)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with _tls_socket(sock, address, ca, pin) if address.secure else sock as sock:
             lines = ["%s %s%s HTTP/1.1" % (method, address.path, path),
                      "Host: " + address.authority, "Connection: close", "Accept: application/json"]
             lines += ["%s: %s" % item for item in headers.items()]
@@ -4264,10 +4535,13 @@ class Client:
     @staticmethod
     def _parse(answer):
         try:
-            return json.loads(answer.body.decode("utf-8"))
+            value = json.loads(answer.body.decode("utf-8"))
         except ValueError:
-            raise NexusError("non_json_response", "The server answered something that is not JSON;"
-                             " perhaps a proxy did.", status=502) from None
+            value = None
+        if not isinstance(value, dict):
+            raise NexusError("non_json_response", "The server answered something that is not a JSON"
+                             " object; perhaps a proxy did.", status=502)
+        return value
 
     def _error(self, answer):
         """The NexusError that a server's refusal describes."""
@@ -4302,7 +4576,7 @@ class Client:
         if any(field.header == "Idempotency-Key" for field in entry.fields):
             headers.setdefault("Idempotency-Key", os.urandom(16).hex())
         wait = values.get("wait", 0)
-        return self.request(entry.method, path, query, body if entry.takes_body else None, headers,
+        return self.request(entry.method, path, query, body if entry.body_fields else None, headers,
                             harmless="Idempotency-Key" in headers or entry.method == "GET",
                             wait=wait if isinstance(wait, int) else 0)
 
@@ -4658,6 +4932,7 @@ class ServerTools:
             values.setdefault("sender", "mcp")
         inputs = {field: values[field.tool] for field in entry.fields if field.tool in values}
         result = entry.function(self._call, **validate(entry, inputs, settings))
+        result = result.wait() if isinstance(result, Pending) else result
         return result.body if isinstance(result, Reply) else result
 
 
@@ -4667,6 +4942,7 @@ class LocalTools:
     def __init__(self, state, client_of):
         self._state = state
         self._client_of = client_of             # (session id or None) -> Client
+        self._read = {}         # thread -> (session id, cursor) of a poll not yet delivered
         self._special = {"nexus_create": self._create, "nexus_join": self._join,
                          "nexus_claim": self._claim, "nexus_poll": self._poll,
                          "nexus_leave": self._leave, "tx_ask": self._ask,
@@ -4693,7 +4969,7 @@ class LocalTools:
             values["sessionId"] = session_id = self._state.resolve(str(values["sessionId"]))
             for field, file in (("agentId", "agent"), ("sessionKey", "key")):
                 known = self._state.get(session_id, file)
-                if known and (field == "agentId" or values["agentId"] == self._state.get(
+                if known and (field == "agentId" or values.get("agentId") == self._state.get(
                         session_id, "agent")):
                     values.setdefault(field, known)
         if name in ("tx_send", "tx_reply"):
@@ -4730,8 +5006,14 @@ class LocalTools:
             values["after"] = cursor
         answer = client.perform(entry, values)
         if given is None and self._state.knows(session_id):
-            self._state.put(session_id, "cursor", answer["nextCursor"])
+            self._read[threading.get_ident()] = session_id, answer["nextCursor"]
         return answer
+
+    def settle(self, delivered):
+        """Called in the thread of a call, once its answer was written, or never will be."""
+        session_id, cursor = self._read.pop(threading.get_ident(), (None, None))
+        if delivered and session_id:
+            self._state.put(session_id, "cursor", cursor)
 
     def _leave(self, client, entry, values):
         answer = client.perform(entry, values)
@@ -4766,7 +5048,8 @@ def tool_result(name, arguments, tools):
         raise RpcError(-32602, "Unknown tool %s" % one_line(name, 60)) from None
     except NexusError as refusal:
         answer, failed = refusal.body(), True
-    return {"content": [{"type": "text", "text": to_json(answer)}], "isError": failed}
+    text = answer if isinstance(answer, str) else to_json(answer)
+    return {"content": [{"type": "text", "text": text}], "isError": failed}
 
 
 def legacy_result(method, params, tools):
@@ -4888,10 +5171,10 @@ class StdioMcp:
         if isinstance(message, dict) and message.get("method") == "notifications/cancelled":
             params = message.get("params")
             with self._lock:
-                self._running.discard(str(params.get("requestId")) if isinstance(params, dict)
-                                      else None)
+                self._running.discard(to_json(params.get("requestId"))
+                                      if isinstance(params, dict) else "null")
             return
-        mark = str(message.get("id")) if isinstance(message, dict) else None
+        mark = to_json(message.get("id")) if isinstance(message, dict) else "null"
         with self._lock:
             self._running.add(mark)
         self._threads = [thread for thread in self._threads if thread.is_alive()]
@@ -4906,16 +5189,20 @@ class StdioMcp:
             log("internal error: %r" % trouble)
             answer = rpc_error(message.get("id"), -32603, "internal error: %s"
                                % type(trouble).__name__)
-        with self._lock:
-            owed = mark in self._running
+        with self._lock:        # the next request is not read before the cursor is where it belongs
+            owed = answer is not None and (mark == "null" or mark in self._running)
             self._running.discard(mark)
-        if answer is not None and owed:
-            self._write(answer)
+            if owed:
+                self._put(answer)
+            self._tools.settle(owed)
 
     def _write(self, answer):
         with self._lock:
-            self._stdout.write(to_json(answer).encode("utf-8") + b"\n")
-            self._stdout.flush()
+            self._put(answer)
+
+    def _put(self, answer):
+        self._stdout.write(to_json(answer).encode("utf-8") + b"\n")
+        self._stdout.flush()
 
 
 # ----------------------------------------------------------------------------------------

@@ -1,0 +1,6229 @@
+#!/usr/bin/env python3
+"""The tests of nexus: python3 test_nexus.py [-k NAME] [-v], with nothing but Python.
+
+Real servers on port 0, real sockets, real processes where processes matter; time is passed in, so
+nothing sleeps to see something expire. What needs a counterpart that is not there says so and is
+skipped. Two more commands live here:
+
+    python3 test_nexus.py bench                 ratios against the stock http.server, side by side
+    python3 test_nexus.py fuzz --minutes 10     the seeded fuzzer, for longer than in the tests
+"""
+import argparse
+import array
+import base64
+import bisect
+import collections
+import contextlib
+import hashlib
+import http.client
+import http.server
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import platform
+import random
+import re
+import selectors
+import shutil
+import signal
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, FOLDER)
+sys.dont_write_bytecode = True          # running the tests leaves no __pycache__ behind
+import nexus  # noqa: E402  (the folder has to be on the path first)
+
+NEXUS = os.path.join(FOLDER, "nexus.py")
+README = os.path.join(FOLDER, "README.md")
+
+# ----------------------------------------------------------------------------------------
+# Tools
+#
+# A server in this process (fast, with a clock that tests turn), a server in a process of its own
+# (to be killed), a command line with a home of its own, and raw sockets.
+# ----------------------------------------------------------------------------------------
+
+
+class TestClock:
+    """A clock that stands still until a test turns it. Milliseconds and seconds as in nexus.Clock.
+
+    monotonic() goes on by itself, because long polls sleep on it; advance() moves both.
+    """
+
+    def __init__(self):
+        self._ahead = 0.0
+        self._start = time.monotonic()
+
+    def monotonic(self):
+        return time.monotonic() + self._ahead
+
+    def now(self):
+        return int(1.7e12 + (self.monotonic() - self._start) * 1000)
+
+    def advance(self, seconds):
+        self._ahead += seconds
+
+
+Answer = collections.namedtuple("Answer", "status headers json text")
+
+
+class Server:
+    """A nexus server in this process on a free port; use as a context manager or stop() it.
+
+    Keyword arguments are settings. `clock` is a TestClock. The background expiry is off unless
+    sweeping=True: call sweep(). `lines` holds what the server logged; stop() raises if something
+    is there that the test did not take out.
+    """
+
+    def __init__(self, sweeping=False, **settings):
+        settings.setdefault("db", ":memory:")
+        settings.setdefault("port", 0)
+        self.clock, self.lines = TestClock(), []
+        self.settings = nexus.Settings(settings)
+        start = nexus.Store.start
+        if not sweeping:
+            nexus.Store.start = lambda store: None
+        try:
+            self.server = nexus.make_server(self.settings, self.clock)
+        finally:
+            nexus.Store.start = start
+        self.store, self.app = self.server.app.store, self.server.app
+        self.port, self.url = self.server.server_port, self.server.url
+        self._log, nexus.log = nexus.log, self.lines.append
+        self._thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
+        """Stop the server as SIGTERM would; nothing may have been logged unseen."""
+        if self._thread is None:
+            return
+        self.server.shutdown()
+        self.server.stop()
+        self._thread.join()
+        self._thread, nexus.log = None, self._log
+        if self.lines:
+            raise AssertionError("the server logged: %r" % self.lines)
+
+    def sweep(self):
+        """One expiry run, now."""
+        return self.store.sweep()
+
+    def client(self, **options):
+        """A nexus.Client on this server."""
+        return nexus.Client(self.url, **options)
+
+    def call(self, method, path, body=None, agent=None, key=None, headers=None, timeout=30):
+        """One request on a connection of its own: an Answer. `body` is JSON, or bytes as it is."""
+        headers = dict(headers or {})
+        if agent is not None:
+            headers["X-Agent-Id"] = agent
+        if key is not None:
+            headers["X-Session-Key"] = key
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+            headers.setdefault("Content-Type", "application/json")
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            connection.request(method, path, body, headers)
+            found = connection.getresponse()
+            raw = found.read()
+        finally:
+            connection.close()
+        names = {name.lower(): value for name, value in found.getheaders()}
+        text = raw.decode("utf-8")
+        is_json = names.get("content-type", "").startswith("application/json") and text
+        return Answer(found.status, names, json.loads(text) if is_json else None, text)
+
+    def raw(self, data, timeout=5, half_close=False):
+        """Bytes in, all bytes out until the server closes or `timeout` seconds are silent."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout) as sock:
+            try:
+                sock.sendall(data)
+                if half_close:
+                    sock.shutdown(socket.SHUT_WR)
+                parts = []
+                while True:
+                    part = sock.recv(65536)
+                    if not part:
+                        break
+                    parts.append(part)
+            except (socket.timeout, ConnectionError):
+                pass
+            return b"".join(parts)
+
+    def session(self, agents=("ada",), **values):
+        """(session id, {agent: key}): a session with these agents, the first one its creator."""
+        found = self.call("PUT", "/v1/sessions", dict(values, creatorAgentId=agents[0])).json
+        keys = {agents[0]: found["sessionKey"]}
+        for agent in agents[1:]:
+            keys[agent] = self.call("POST", "/v1/sessions/%s/join" % found["sessionId"],
+                                    agent=agent).json["sessionKey"]
+        return found["sessionId"], keys
+
+    def send(self, session_id, agent, text, key=None, **values):
+        """Send a session message: an Answer."""
+        return self.call("POST", "/v1/sessions/%s/messages" % session_id,
+                         dict(values, text=text), agent, key)
+
+    def poll(self, session_id, agent, query=""):
+        """Poll a session: an Answer."""
+        return self.call("GET", "/v1/sessions/%s/messages%s" % (session_id, query), agent=agent)
+
+
+class Process:
+    """A server in a process of its own, to be killed. `url` once it is up; stop() is SIGTERM."""
+
+    def __init__(self, folder, *flags, **environ):
+        self.folder = folder
+        self._errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [sys.executable, NEXUS, "serve", "--port", "0"] + list(flags), cwd=folder,
+            env=clean_environment(folder, **environ), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=self._errors)
+        line = self.process.stdout.readline()
+        self.url = json.loads(line.decode())["url"] if line else None
+        self.port = int(self.url.rpartition(":")[2]) if line else None
+
+    def stop(self, how=signal.SIGTERM):
+        """End it; returns (exit code, what it wrote on stderr)."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        code = self.process.wait(20)
+        self.process.stdout.close()
+        self._errors.seek(0)
+        text = self._errors.read().decode("utf-8", "replace")
+        self._errors.close()
+        return code, text
+
+
+def clean_environment(home, **more):
+    """An environment with a home of its own and without anybody's NEXUS_ settings."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("NEXUS_")}
+    environ.update(HOME=home, USERPROFILE=home, **more)
+    return environ
+
+
+Ran = collections.namedtuple("Ran", "code out err json")
+
+
+def run_nexus(home, *words, input=None, url=None, timeout=60, **environ):
+    """Run `nexus.py WORDS` with this home: a Ran, with stdout parsed where it is JSON."""
+    if url:
+        environ["NEXUS_URL"] = url
+    done = subprocess.run([sys.executable, NEXUS] + [str(word) for word in words], cwd=home,
+                          input=None if input is None else input.encode("utf-8"),
+                          stdin=subprocess.DEVNULL if input is None else None,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout,
+                          env=clean_environment(home, **environ))
+    out, err = done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
+    try:
+        found = json.loads(out)
+    except ValueError:
+        found = None
+    return Ran(done.returncode, out, err, found)
+
+
+class Case(unittest.TestCase):
+    """A test with temporary folders and servers that are gone at its end."""
+
+    def folder(self):
+        """A new temporary folder."""
+        path = tempfile.mkdtemp(prefix="nexus-test-")
+        self.addCleanup(shutil.rmtree, path, True)
+        return path
+
+    def server(self, **settings):
+        """A server for this test alone."""
+        server = Server(**settings)
+        self.addCleanup(server.stop)
+        return server
+
+    def process(self, *flags, folder=None, **environ):
+        """A server process for this test alone."""
+        process = Process(folder or self.folder(), *flags, **environ)
+        self.addCleanup(process.stop, getattr(signal, "SIGKILL", signal.SIGTERM))
+        return process
+
+    def expect(self, answer, status, code=None):
+        """The answer has this status and error code; returns its JSON."""
+        self.assertEqual((answer.status, (answer.json or {}).get("error")), (status, code),
+                         answer.text[:500])
+        return answer.json
+
+
+class ServerCase(Case):
+    """A test whose methods share one server, self.s; its settings are the class's SETTINGS."""
+
+    SETTINGS = {}
+
+    @classmethod
+    def setUpClass(cls):
+        cls.s = Server(**cls.SETTINGS)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.s.stop()
+
+
+# ----------------------------------------------------------------------------------------
+# Redaction
+#
+# What must be caught is caught, in every dress; what must be left alone is left alone; hostile
+# input costs linear time. Tokens are put together here, so that no scanner takes this file for a
+# leak.
+# ----------------------------------------------------------------------------------------
+
+MIX = "a1B2" * 30
+HEX = "0a1b2c3d" * 8
+AWS = "aB3/" * 10
+BEGIN, END, KEY = "-----" + "BEGIN ", "-----" + "END ", "PRIVATE " + "KEY"
+LINES = "\n".join([("MIIEow" + MIX)[:64]] * 3)
+
+TOKENS = [
+    ("aws-access-key", "AKIA" + "A1B2" * 4), ("aws-access-key", "ASIA" + "Z9Y8" * 4),
+    ("aws-access-key", "ABIA" + "Z9Y8" * 4), ("aws-access-key", "ACCA" + "Z9Y8" * 4),
+] + [("github-token", prefix + "_" + MIX[:36]) for prefix in ("ghp", "gho", "ghu", "ghr",
+    "ghs")] + [
+    ("github-token", "ghs_" + MIX * 2 + "." + MIX + "." + MIX),
+    ("github-token", "github_" + "pat_" + MIX[:22] + "_" + MIX[:59]),
+] + [("gitlab-token", prefix + "-" + MIX[:20])
+     for prefix in ("glpat", "gldt", "glrt", "glcbt", "glptt", "glft", "glsoat")] + [
+    ("slack-token", kind + "-" + "1234567890-1234567890-" + MIX[:24])
+    for kind in ("xoxb", "xoxp", "xoxa", "xoxr", "xoxs")] + [
+    ("slack-token", "xapp-" + "1-A1B2-1234567890-" + MIX[:64]),
+    ("slack-webhook", "hooks.slack." + "com/services/T1A2B3C4D/B1A2B3C4D/" + MIX[:24]),
+    ("discord-webhook", "discord.com/api/" + "webhooks/123456789012345678/" + MIX[:68]),
+    ("discord-token", "MTk4NjIyNDgzNDcxOTI1MjQ4" + ".Cl2FMQ." + MIX[:27]),
+    ("telegram-token", "123456789" + ":A" + "Ab1" * 11 + "x"),
+    ("anthropic-key", "sk-" + "ant-api03-" + MIX[:93]), ("openai-key", "sk-" + "proj-" + MIX[:80]),
+    ("openai-key", "sk-" + "svcacct-" + MIX[:80]), ("openai-key", "sk-" + "admin-" + MIX[:80]),
+    ("openai-key", "sk-" + MIX[:20] + "T3Blbk" + "FJ" + MIX[:20]),
+    ("openrouter-key", "sk-" + "or-v1-" + HEX), ("google-api-key", "AI" + "za" + MIX[:35]),
+    ("google-oauth-token", "ya29" + "." + MIX[:80]), ("huggingface-token", "hf" + "_" + "aBcD" * 9),
+    ("groq-key", "gsk" + "_" + MIX[:52]), ("xai-key", "xai" + "-" + MIX[:80]),
+    ("perplexity-key", "pplx" + "-" + MIX[:48]), ("replicate-token", "r8" + "_" + MIX[:37]),
+    ("nvidia-key", "nvapi" + "-" + MIX[:64]), ("stripe-key", "sk_" + "live_" + MIX[:24]),
+    ("stripe-key", "sk_" + "test_" + MIX[:24]), ("stripe-key", "rk_" + "live_" + MIX[:24]),
+    ("stripe-key", "rk_" + "test_" + MIX[:99]), ("twilio-key", "SK" + HEX[:32]),
+    ("sendgrid-key", "SG" + "." + MIX[:22] + "." + MIX[:43]), ("mailgun-key", "key-" + HEX[:32]),
+    ("npm-token", "npm" + "_" + MIX[:36]), ("pypi-token", "pypi-" + "AgEIcHlwaS5vcmc" + MIX),
+    ("rubygems-key", "rubygems" + "_" + HEX[:48]), ("docker-token", "dckr_" + "pat_" + MIX[:27]),
+    ("digitalocean-token", "dop_" + "v1_" + HEX), ("databricks-token", "dapi" + HEX[:32]),
+    ("vault-token", "hvs" + "." + MIX[:90]), ("shopify-token", "shpat" + "_" + HEX[:32]),
+    ("shopify-token", "shpss" + "_" + HEX[:32]), ("linear-key", "lin_" + "api_" + MIX[:40]),
+    ("notion-token", "ntn" + "_" + MIX[:46]), ("supabase-token", "sbp" + "_" + HEX[:40]),
+    ("postman-key", "PMAK" + "-" + HEX[:24] + "-" + HEX[:34]),
+    ("doppler-token", "dp" + ".pt." + MIX[:43]), ("tailscale-key", "tskey" + "-auth-" + MIX[:30]),
+    ("grafana-token", "glsa" + "_" + MIX[:32] + "_" + HEX[:8]),
+    ("sentry-token", "sntrys" + "_eyJ" + MIX), ("age-key", "AGE-SECRET-" + "KEY-1" + "Q3Z" * 19),
+    ("jwt", "ey" + "JhbGciOiJIUzI1NiJ9." + "ey" + "JzdWIiOiIxMjM0In0." + MIX[:43]),
+    ("private-key", BEGIN + KEY + "-----\n" + LINES + "\n" + END + KEY + "-----"),
+]
+
+# (type, text before the secret, secret, text after it)
+SHAPES = [
+    ("url-password", "see postgres://app:", "s3cr3t", "@db.example.com:5432/x, please"),
+    ("url-password", "postgres://user:", "p@ss:w0rd", "@host/db"),
+    ("url-password", "redis://:", "pass", "@host"), ("url-password", "a+b://u:", "x1", "@[::1]"),
+    ("auth-header", "Authorization: Bearer ", "xyz", ""),
+    ("auth-header", "curl -H 'authorization: Bearer ", MIX[:20], "' https://x.example"),
+    ("auth-header", "Authorization: Basic ", "dXNlcjpwYXNz==", "."),
+    ("auth-header", '{"Authorization": "Bearer ', "abc.def-1", '"}'),
+    ("auth-header", "Proxy-Authorization: Basic ", "dXNlcjpwYXNz", ""),
+    ("auth-header", "use bearer ", MIX[:32], " for it"),
+    ("password", 'password = "', "hunter2xyz", '"'), ("password", "password=", "hunter2", ""),
+    ("password", "password: ", "hunter2", ""), ("password", '{"password":"', "swordfish", '"}'),
+    ("password", '{\\"password\\": \\"', "hunter2xyz", '\\"}'),
+    ("password", "Password: '", "correct horse battery staple", "' is it"),
+    ("password", "db:\n  password: ", "swordfish", "\n  port: 1"),
+    ("password", "mysql --password=", "s3cr3t!", " -u root"), ("password", "(password=", "hunter2",
+    ")."),
+    ("password", "export DB_PASSWORD=", "swordfish", "\n"), ("password", "PGPASSWORD=", "swordfish",
+    " psql"),
+    ("password", "https://x.example/?user=a&password=", "hunter2", "&x=1"),
+    ("password", "Server=x;Password=", "hunter2", ";User=y"), ("password", "passwd: ", "Tr0ub4dor",
+    ","),
+    ("password", ":password => '", "hunter2", "',"), ("password", "**Password:** ", "hunter2", "."),
+    ("password", "pwd=", "1234", ""), ("password", "PASSWORD=", "correct-horse", ""),
+    ("api-key", "API_KEY=", "AbCdEfGhIjKl", ""), ("password", 'password="', "HUNTER", '"'),
+    ("password", 'password: str = "', "hunter2xyz", '"'),
+    ("password", 'config["password"] = "', "say \\\"x1\\\" ", '"'),
+    ("secret", "client_secret=", MIX[:16], "&grant=1"), ("secret", "clientSecret: '", MIX[:16],
+    "',"),
+    ("secret", "SECRET_KEY_BASE=", HEX, ""), ("secret", 'secretKey = "', "abc12345", '"'),
+    ("token", "access_token=", MIX[:16], ""), ("token", '"refreshToken": "', "aaaa-bbbb-1", '"'),
+    ("token", "os.environ['TOKEN'] = '", "abc12345", "'"), ("token", "token := `", "abc12345", "`"),
+    ("api-key", "export API_KEY=", "abc123def", ""), ("api-key", 'apiKey: "', "abc123def", '"'),
+    ("api-key", "X-Api-Key: ", "abc123def", "\n"), ("api-key", "api key: ", "abc123def", " ok"),
+    ("aws-secret-key", "aws_secret_access_key = ", AWS, ""),
+    ("aws-secret-key", "the secret is ", AWS, " for AWS"), ("aws-secret-key", '"', AWS, '" (aws)'),
+    ("azure-storage-key", "AccountName=x;Account" + "Key=", "aB3+" * 21 + "aB==",
+    ";EndpointSuffix=y"),
+    ("private-key", '{"key": "',
+    BEGIN + "RSA " + KEY + "-----\\n" + MIX + "\\n" + END + "RSA " + KEY
+     + "-----", '\\n"}'),
+    ("private-key", "my key:\n", BEGIN + "OPENSSH " + KEY + "-----\n" + LINES, ""),
+    ("private-key", "", BEGIN + "PGP " + KEY + " BLOCK-----\n\n" + LINES + "\n" + END + "PGP " + KEY
+     + " BLOCK-----", "\nbye"),
+    ("private-key", "", BEGIN + "ENCRYPTED " + KEY + "----- " + MIX + " " + END + "ENCRYPTED " + KEY
+     + "-----", " bye"),
+    ("private-key", "", BEGIN + "EC " + KEY + "-----\r\nProc-Type: 4\r\n\r\n" + MIX + "\r\n" + END
+     + "EC " + KEY + "-----", "\r\n"),
+]
+
+UNTOUCHED = [
+    "ask(prompt='Password: ', stream=None)", 'password = "%s:%s" % (user, word)',
+    "$a_token=$entry->{$a_token1}", '"[REDACTED:api-key]": "abc12345"',
+    "[REDACTED:token]: abc12345", "", "hello", "é" * 40, "\ud800", "a" * 500, HEX[:40], HEX, HEX[:48],
+    HEX.upper(),
+    "commit " + HEX[:40],
+    "550e8400-e29b-41d4-a716-446655440000", "sha256-" + "aB3+" * 10 + "abc=",
+    "sha512-" + MIX[:86] + "==",
+    "data:image/png;base64,iVBORw0KGgo" + "aB3/SKey" * 90, "msg_" + HEX[:32], "PEARL-FOCAL-S5SJV",
+    "task:tx-abc123", "task-" + HEX[:32], "task-proj-" + MIX[:60], "disk-or-v1-" + HEX,
+    "risk-ant-" + MIX,
+    "AKIA" + "IOSFODNN7EXAMPLE", "AKIA", "AKIA" + "A1B2" * 6, "xAKIA" + "A1B2" * 4, "ghp_short",
+    "gh" + "p_" + "x" * 36,
+    "sk-****", "sk-ant-...", "hf_model_name_of_a_longer_kind", "cache-key-" + HEX[:32],
+    "desk" + HEX[:32],
+    "pk_" + "live_" + MIX[:24], "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + MIX[:43] + " anna@host",
+    BEGIN + "PUBLIC KEY-----\n" + LINES + "\n" + END + "PUBLIC KEY-----",
+    BEGIN + "CERTIFICATE-----\n" + LINES, "grep '" + BEGIN + KEY + "-----' *.pem and mail me",
+    "http://host:8080/@user/x", "https://medium.com/@anna/a:b@c", "http://[::1]:80/@x",
+    "mailto:a@b.c",
+    "https://anna@example.com/", "ssh://git@host:22/x", "oci://app:tag@sha256:" + HEX,
+    "a://u:${PASS}@h",
+    "a://u:<password>@h", "a://u:{{pw}}@h", "a://u:****@h", "12:30", "http://a:80/?x=@",
+    "Authorization: Bearer $TOKEN", "Authorization: Bearer ${TOKEN}",
+    "Authorization: Bearer <token>",
+    "Authorization: Bearer YOUR_TOKEN", 'f"Authorization: Bearer {token}"',
+    "Authorization: Bearer token",
+    "Authorization is required", "bearer of bad news", "Basic authentication",
+    "bearer tokens-are-not-this-one",
+    "password = ${VAR}", "password=$TOKEN", "password: {{ x }}", "password=<token>", "token=xxxx",
+    "password=xxxxxxxx", "password: ********", "password = None", "password: null",
+    '"password": "null"',
+    "password=true", "password: false", "password: str", "token: str, x",
+    "token: Optional[str] = None",
+    "token: string;", "token = get_token()", 'token = os.environ["TOKEN1"]', "token: process.env.X",
+    'password = os.environ.get("PASSWORD1")', "password == 'hunter2'", "password != 'hunter2'",
+    "if token === 'abc12345'", "password >= 12345678", "the password: required field",
+    "password is required",
+    "password: required", "MAX_TOKENS=100", "max_tokens: 100000", "tokenizer=abc12345",
+    "tokens: 1234567",
+    "secretary: Anna1234", "monkey=abc12345", "keyboard: qwerty123", "primary_key=abc12345",
+    "key: abc12345",
+    "token_url=abc12345", "passwordless: abc12345", "token_count = 1234567",
+    "cost per token: 0.0015",
+    "secret: [a, b]", "password: |", "f(password=password)", "f(token=token, x=1)",
+    "f(password=word)",
+    "self.password = db_password", "password = user.password", "token = self.token2",
+    "secret = sha256(x)",
+    "password: sha256", "password: 8-64 characters", "password: SecretStr", "password: 2024 rules",
+    "my-secret:v1.2.3", "token:read", "password_file=/run/secrets/db1", "password: /run/secrets/db",
+    "api_key: YOUR_API_KEY", "api_key='your-api-key'", "api_key=...",
+    'url + "?token=" + token1 + "&x=1"',
+    "next_page_token=abc12345", '"nextPageToken": "abc12345"', 'eos_token = "<|end1|>"',
+    "token: https://a.b/c1",
+    '{"password": "must have at least 8 characters"}', '{"token": "hello"}',
+    '<input type="password" name="x1">',
+    "WHERE password = :password1", "password = %(password)s", "token = token2",
+    "std::token::abc12345",
+    "public_key=abc12345", "publishable_key: abc12345", "aws deploys " + HEX[:40],
+    "nothing near " + AWS, "password=[REDACTED:password]", "see [REDACTED:github-token] and more",
+    "https://u:[REDACTED:url-password]@h", "Authorization: Bearer [REDACTED:auth-header]",
+    "[REDACTED:secret] " + AWS, '"token": "[REDACTED:jwt]"', "key:[REDACTED:hunter2]",
+]
+
+
+def frames(token):
+    """The same token as agents write it: text around it must survive."""
+    mark = "%s"
+    return [mark, '"%s"', "'%s'", "`%s`", "(%s)", "it is %s, ok", "it is %s.", "a\n%s\nb", "x=%s",
+        "x:%s;",
+            "[%s](y)", "<%s>", "*%s*", "是%s是", "line\\n%s\\n"]
+
+
+class RedactTest(unittest.TestCase):
+    def check(self, text, expected, kind):
+        result = nexus.redact(text)
+        self.assertEqual(result, (expected, [kind]))
+        self.assertEqual(nexus.redact(result[0]), (result[0], []))
+
+    def test_tokens_in_every_frame(self):
+        for kind, token in TOKENS:
+            for frame in frames(token):
+                with self.subTest(kind=kind, frame=frame):
+                    self.check(frame.replace("%s", token), frame.replace("%s",
+                        "[REDACTED:%s]" % kind), kind)
+
+    def test_shapes_replace_the_secret_alone(self):
+        for kind, before, secret, after in SHAPES:
+            with self.subTest(kind=kind, before=before):
+                self.check(before + secret + after, before + "[REDACTED:%s]" % kind + after, kind)
+
+    def test_look_alikes_stay(self):
+        for text in UNTOUCHED:
+            with self.subTest(text=text):
+                self.assertEqual(nexus.redact(text), (text, []))
+                value = {"a": [text], "b " + text: 1}
+                self.assertIs(nexus.redact_json(value)[0], value)
+
+    def test_types_are_sorted_and_unique(self):
+        text = " ".join(token for _, token in reversed(TOKENS))
+        self.assertEqual(nexus.redact(text)[1], sorted({kind for kind, _ in TOKENS}))
+
+    def test_session_keys_are_told_from_other_hex(self):
+        mine, other = HEX, HEX[::-1]
+        asked = []
+        text, types = nexus.redact("%s X-Session-Key: %s, %%20%s a%s" % (mine.upper(), other, mine, mine),
+                             lambda key: asked.append(key) or key == mine)
+        self.assertEqual(text,
+            "[REDACTED:session-key] X-Session-Key: %s, %%20[REDACTED:session-key] a%s"
+                         % (other, mine))
+        self.assertEqual((types, asked), (["session-key"], [mine, other, mine]))
+
+    def test_any_text_is_stable_under_a_second_reading(self):
+        pick = random.Random(7)
+        parts = ([token for _, token in TOKENS] + [b + s + a for _, b, s, a in SHAPES] + UNTOUCHED
+                 + list(' \n:=,."\'\\@/-[]') + ["password", "secret", "aws", "token: ", AWS])
+        for _ in range(3000):
+            text = "".join(pick.choice(parts) + pick.choice(("",
+                " ")) for _ in range(pick.randint(1, 6)))
+            once = nexus.redact(text)[0]
+            self.assertEqual(nexus.redact(once), (once, []), text)
+
+
+class RedactJsonTest(unittest.TestCase):
+    def test_tokens_in_values_and_keys(self):
+        for kind, token in TOKENS:
+            marker = "[REDACTED:%s]" % kind
+            with self.subTest(kind=kind):
+                self.assertEqual(nexus.redact_json({"a": [1, {"b": "x " + token}]}),
+                                 ({"a": [1, {"b": "x " + marker}]}, [kind]))
+                self.assertEqual(nexus.redact_json({token: None}), ({marker: None}, [kind]))
+                text = json.dumps({"a": token})
+                self.assertEqual(nexus.redact(text)[0], json.dumps({"a": marker}))
+
+    def test_a_key_that_names_a_secret(self):
+        for key, value, kind in [
+                ("password", "hunter2xyz", "password"), ("api_key", "abc123def", "api-key"),
+                ("apiKey", "abc123def", "api-key"), ("x-api-key", "abc123def", "api-key"),
+                ("clientSecret", "abc123def", "secret"), ("access_token", "abc123def", "token"),
+                ("DB_PASSWORD", "swordfish", "password"), ("password2", 'x"b\nc d', "password"),
+                ("aws_secret_access_key", AWS, "aws-secret-key"),
+                ("SecretAccessKey", AWS, "aws-secret-key")]:
+            with self.subTest(key=key):
+                safe = {key: "[REDACTED:%s]" % kind}
+                self.assertEqual(nexus.redact_json({key: value}), (safe, [kind]))
+                self.assertEqual(nexus.redact_json({key: [value]}), ({key: list(safe.values())}, [kind]))
+                self.assertIs(nexus.redact_json(safe)[0], safe)
+        self.assertEqual(nexus.redact_json({"Authorization": "Bearer xyz"}),
+                         ({"Authorization": "Bearer [REDACTED:auth-header]"}, ["auth-header"]))
+
+    def test_nothing_found_is_the_same_object(self):
+        for value in [None, 1, 1.5, True, "text", [], {}, {"password": None, "token": 5,
+            "secret": ""},
+                      {"password": "${PASS}", "token": "<token>", "api_key": "YOUR_API_KEY"},
+                      {"password": "Password is required", "pwd": "/srv/app", "token": "hello"},
+                      {"max_tokens": "abc12345", "tokenUrl": "abc12345", "key": "abc12345"}]:
+            with self.subTest(value=value):
+                self.assertEqual(nexus.redact_json(value), (value, []))
+                self.assertIs(nexus.redact_json(value)[0], value)
+
+    def test_untouched_parts_are_shared_and_order_is_kept(self):
+        value = {"z": {"deep": [1]}, "password": "hunter2xyz", "a": 1}
+        safe, _ = nexus.redact_json(value)
+        self.assertIs(safe["z"], value["z"])
+        self.assertEqual(list(safe), ["z", "password", "a"])
+        self.assertEqual(value["password"], "hunter2xyz")
+
+    def test_two_keys_never_become_one(self):
+        one, two = "gh" + "p_" + MIX[:36], "gh" + "p_" + MIX[1:37]
+        marker = "[REDACTED:github-token]"
+        safe, _ = nexus.redact_json({one: 1, two: 2, marker: 3})
+        self.assertEqual(safe, {marker + "-2": 1, marker + "-3": 2, marker: 3})
+        self.assertIs(nexus.redact_json(safe)[0], safe)
+
+    def test_many_keys_that_come_out_the_same_cost_linear_time(self):
+        value = {"gh" + "p_%036d" % number: number for number in range(20000)}
+        safe, _ = nexus.redact_json(value)  # quadratic: a minute
+        self.assertEqual(list(safe.values()), list(value.values()))
+
+    def test_session_keys_inside(self):
+        self.assertEqual(nexus.redact_json([HEX, {HEX: HEX}], HEX.__eq__),
+                         (["[REDACTED:session-key]",
+                         {"[REDACTED:session-key]": "[REDACTED:session-key]"}],
+                          ["session-key"]))
+
+    def test_depth(self):
+        value = "password=hunter2"
+        for _ in range(200):
+            value = [{"a": value}]
+        self.assertEqual(nexus.redact_json(value)[1], ["password"])
+
+
+class LinearTest(unittest.TestCase):
+    """Twice the input takes about twice the time, whatever it is: no quadratic retries."""
+    UNITS = ["a", ":", "/", "\\", "1", "=", '"', "-", ".", "sk-", "eyJ", "eyJaaaaaaaaaa.",
+        "-eyJaaaaaaaaaa",
+             BEGIN, BEGIN + KEY + "-----\n", BEGIN + KEY, "password=", 'password: "',
+                 "password='a\"",
+             'password=\\"a', "password: a ", "password: abcdefgh\n", "password=" + ":" * 4090,
+             "password=" + "/a" * 900, "password=" + "a." * 900, "https://", "//a:", "://a:",
+             "://:@",
+             "://a:" + "b" * 290, HEX, HEX + " ", "aws ", "aws " + AWS + "x ", "secret ", "bearer ",
+             "bearer " + "a" * 70, "authorization: bearer ", "Authorization=bearer " + "." * 900,
+             "123456789:A", "1:a", "Account" + "Key=", "M1" * 12 + ".", "M1-",
+             "SG." + "a" * 16 + "-",
+             "token: a[", "password=a(", "x" * 9 + "=", "password :" + "\t" * 9, "é", "\n"]
+
+    def cost(self, text):
+        best = 99.0
+        for _ in range(3):
+            start = time.perf_counter()
+            nexus.redact(text, lambda key: False)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    def test_hostile_input(self):
+        everything = " ".join(token[:9] for _,
+            token in TOKENS) + " ".join(s[1][-9:] for s in SHAPES)
+        for unit in self.UNITS + [everything, everything.replace(" ", "")]:
+            with self.subTest(unit=unit[:20]):
+                short = (unit * 65536)[:65536]
+                # Quadratic work would be 16 times as long; the constant hides a tiny base's noise.
+                self.assertLess(self.cost(short * 4), 9 * self.cost(short) + 0.01)
+
+
+# ----------------------------------------------------------------------------------------
+# Door 1: tools
+#
+# Nothing here sleeps for long: tests wait for a moment, make calls on the side, replace a name
+# for a while, and read raw HTTP. What a call answers is compared as a whole set of names.
+# ----------------------------------------------------------------------------------------
+
+TOKEN = "ghp_" + "a1B2" * 9             # put together here, so that no scanner takes us for a leak
+UNKNOWN = "0" * 48                      # a session id that was never given out
+LOST = "AMBER-AMBER-00000"              # a pairing code that was never given out
+
+
+def until(condition, seconds=10):
+    """Wait until condition() is true; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError("it never happened")
+        time.sleep(0.002)
+
+
+class Aside:
+    """A call made in a thread of its own; result() waits for what it returned or raised."""
+
+    def __init__(self, function, *args, **named):
+        def run():
+            try:
+                self._found = function(*args, **named)
+            except Exception as trouble:
+                self._found = trouble
+        self._found = None
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def result(self):
+        self._thread.join(20)
+        return self._found
+
+
+@contextlib.contextmanager
+def patched(thing, name, value):
+    """An attribute has another value for a while."""
+    before = getattr(thing, name)
+    setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        setattr(thing, name, before)
+
+
+def names(text):
+    """The names in a text, for comparing with an answer's."""
+    return set(text.split())
+
+
+def when(text):
+    """Milliseconds since 1970 of a time on the wire, which must be spelled as promised."""
+    second, rest = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{3})Z", text).groups()
+    parts = time.strptime(second, "%Y-%m-%dT%H:%M:%S")[:8] + (0,)
+    return int(time.mktime(parts) - time.timezone) * 1000 + int(rest)
+
+
+def texts(answer):
+    """The texts of a poll's messages."""
+    return [message["text"] for message in answer.json["messages"]]
+
+
+def get(path, *lines):
+    """The bytes of a GET with these header lines."""
+    return "\r\n".join(("GET %s HTTP/1.1" % path, "Host: localhost") + lines + ("", "")).encode()
+
+
+def answers(raw):
+    """The HTTP answers in some bytes, one after the other, as a list of Answer."""
+    found = []
+    while raw:
+        head, _, raw = raw.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        length = int(headers.get("content-length", 0))
+        text, raw = raw[:length].decode(), raw[length:]
+        found.append(Answer(int(first.split()[1]), headers, json.loads(text or "null"), text))
+    return found
+
+
+class Door1Case(ServerCase):
+    """Each test has a session of its own, self.sid, with ada (its creator) and bob."""
+
+    def setUp(self):
+        self.sid, self.keys = self.s.session(("ada", "bob"), ttl=100)
+        self.path = "/v1/sessions/" + self.sid
+        self.posts = self.path + "/messages"
+
+    def refuse(self, *rows):
+        """Make calls that are refused: (method, path, body, agent, key, status, code)."""
+        for *call, status, code in rows:
+            self.expect(self.s.call(*call), status, code)
+
+    def faults(self, answer):
+        """The names of the fields that the answer complains about."""
+        return [row["field"] for row in self.expect(answer, 400, "invalid_request")["details"]]
+
+    def last(self):
+        return self.s.poll(self.sid, "bob").json["messages"][-1]
+
+    def parked(self, count):
+        until(lambda: self.s.store.waiters.parked == count)
+
+
+# ----------------------------------------------------------------------------------------
+# Door 1: the calls
+#
+# Each call of the contract answers with its status and exactly its fields, each refusal with its
+# code; faults are listed all at once.
+# ----------------------------------------------------------------------------------------
+
+class SessionTest(Door1Case):
+
+    def test_create_has_defaults_and_answers_what_it_was_given(self):
+        plain = names("sessionId ttl maxAgents state createdAt expiresAt")
+        for headers in ({}, {"Content-Type": "application/json"}):
+            found = self.expect(self.s.call("PUT", "/v1/sessions", headers=headers), 201)
+            self.assertEqual(set(found), plain)
+            self.assertEqual((found["ttl"], found["maxAgents"], found["state"]),
+                             (3660, 50, "active"))
+            self.assertRegex(found["sessionId"], r"\A[0-9a-f]{48}\Z")
+            self.assertEqual(when(found["expiresAt"]) - when(found["createdAt"]), 3660000)
+        given = {"ttl": 60, "maxAgents": 3, "greeting": "Hi", "creatorAgentId": "ada"}
+        found = self.expect(self.s.call("PUT", "/v1/sessions", given), 201)
+        self.assertEqual(set(found), plain | set(given) | {"sessionKey"})
+        self.assertEqual({name: found[name] for name in given}, given)
+        self.assertRegex(found["sessionKey"], r"\A[0-9a-f]{64}\Z")
+
+    def test_create_takes_its_bounds_and_nothing_beyond(self):
+        for body in ({"ttl": 1}, {"ttl": 86400}, {"ttl": 60.0}, {"maxAgents": 1}, {"unknown": 1},
+                     {"maxAgents": 50}, {"creatorAgentId": "a" * 128}):
+            self.expect(self.s.call("PUT", "/v1/sessions", body), 201)
+        for body in ({"ttl": 0}, {"ttl": 86401}, {"ttl": "60"}, {"ttl": 1.5}, {"ttl": True},
+                     {"ttl": None}, {"maxAgents": 0}, {"maxAgents": 51}, {"greeting": 1},
+                     {"creatorAgentId": ""}, {"creatorAgentId": "a" * 129},
+                     {"creatorAgentId": "a b"}, {"creatorAgentId": "system"}):
+            self.assertEqual(self.faults(self.s.call("PUT", "/v1/sessions", body)), list(body))
+
+    def test_details_list_all_faults_at_once(self):
+        body = {"ttl": -1, "maxAgents": "x", "greeting": [], "creatorAgentId": "é"}
+        answer = self.s.call("PUT", "/v1/sessions", body)
+        self.assertEqual(self.faults(answer), list(body))
+        self.assertEqual(set(answer.json), names("error message details"))
+        self.assertEqual({frozenset(row) for row in answer.json["details"]},
+                         {frozenset(("field", "message"))})
+        answer = self.s.poll(self.sid, "a b", "?after=-1&limit=0&wait=61")
+        self.assertEqual(set(self.faults(answer)), names("X-Agent-Id after limit wait"))
+        answer = self.s.call("POST", self.posts, {"text": 5, "json": None}, "ada")
+        self.assertEqual(self.faults(answer), ["text", "json"])
+
+    def test_status_tells_who_is_in_and_until_when(self):
+        found = self.expect(self.s.call("GET", self.path), 200)
+        self.assertEqual(set(found), names("sessionId state agents ttl maxAgents creatorAgentId"
+                                           " createdAt expiresAt"))
+        self.assertEqual((found["agents"], found["creatorAgentId"], found["ttl"]),
+                         (["ada", "bob"], "ada", 100))
+        sid = self.s.call("PUT", "/v1/sessions").json["sessionId"]
+        self.assertIsNone(self.s.call("GET", "/v1/sessions/" + sid).json["creatorAgentId"])
+
+    def test_join_gives_a_key_and_with_it_is_harmless_again(self):
+        join = self.path + "/join"
+        found = self.expect(self.s.call("POST", join, agent="eve"), 200)
+        self.assertEqual(set(found), names("status sessionId agentsOnline sessionKey expiresAt"))
+        self.assertEqual((found["status"], found["agentsOnline"]), ("joined", 3))
+        self.assertNotIn(found["sessionKey"], self.keys.values())
+        self.refuse(("POST", join, None, "bob", None, 409, "agent_id_taken"),
+                    ("POST", join, None, "bob", self.keys["ada"], 409, "agent_id_taken"),
+                    ("POST", join, None, "system", None, 400, "invalid_request"))
+        again = self.expect(self.s.call("POST", join, agent="bob", key=self.keys["bob"]), 200)
+        self.assertEqual((again["sessionKey"], again["agentsOnline"]), (self.keys["bob"], 3))
+
+    def test_a_full_session_takes_nobody_until_somebody_leaves(self):
+        sid, keys = self.s.session(("ada", "bob"), maxAgents=2)
+        path, bob = "/v1/sessions/" + sid, keys["bob"]
+        self.refuse(("POST", path + "/join", None, "eve", None, 409, "session_full"))
+        self.expect(self.s.call("POST", path + "/join", agent="bob", key=bob), 200)
+        self.expect(self.s.call("DELETE", path + "/agents/bob", agent="bob", key=bob), 200)
+        self.expect(self.s.call("POST", path + "/join", agent="eve"), 200)
+
+    def test_leave_removes_the_agent_itself_and_only_with_its_key(self):
+        leave, bob, ada = self.path + "/agents/", self.keys["bob"], self.keys["ada"]
+        self.refuse(
+            ("DELETE", leave + "bob", None, None, bob, 400, "missing_agent_id"),
+            ("DELETE", leave + "bob", None, "bob", None, 401, "missing_session_key"),
+            ("DELETE", leave + "bob", None, "bob", ada, 401, "invalid_session_key"),
+            ("DELETE", leave + "bob", None, "ada", ada, 403, "forbidden"),
+            ("DELETE", leave + "ada", None, "ada", ada, 403, "forbidden"),
+            ("DELETE", leave + "eve", None, "eve", bob, 404, "agent_not_found"))
+        found = self.expect(self.s.call("DELETE", leave + "bob", agent="bob", key=bob), 200)
+        self.assertEqual(set(found), names("ok sessionId agentId message"))
+        self.assertEqual((found["ok"], found["agentId"]), (True, "bob"))
+        self.assertEqual(self.s.call("GET", self.path).json["agents"], ["ada"])
+        self.expect(self.s.poll(self.sid, "bob"), 403, "forbidden")
+
+    def test_renew_restarts_the_clock_and_may_change_the_ttl(self):
+        renew = self.path + "/renew"
+        self.s.clock.advance(60)
+        found = self.expect(self.s.call("POST", renew, agent="bob"), 200)
+        self.assertEqual(set(found), names("sessionId state ttl expiresAt agents"))
+        self.assertEqual((found["ttl"], found["agents"]), (100, ["ada", "bob"]))
+        found = self.s.call("POST", renew, {"ttl": 500}, agent="bob").json
+        self.assertAlmostEqual(when(found["expiresAt"]), self.s.clock.now() + 500000, delta=9000)
+        self.s.clock.advance(400)
+        self.assertEqual(self.s.call("GET", self.path).json["expiresAt"], found["expiresAt"])
+        self.refuse(("POST", renew, {"ttl": 0}, "bob", None, 400, "invalid_request"),
+                    ("POST", renew, None, "eve", None, 403, "forbidden"))
+
+    def test_every_call_refuses_an_unknown_session_and_an_agent_without_a_name(self):
+        path = "/v1/sessions/" + UNKNOWN
+        for method, rest, body in (
+                ("POST", "/join", None), ("POST", "/renew", {}), ("GET", "/messages", None),
+                ("POST", "/messages", {"text": "x"}), ("DELETE", "/agents/ada", None)):
+            self.refuse((method, path + rest, body, "ada", "0" * 64, 404, "session_not_found"),
+                        (method, self.path + rest, body, None, None, 400, "missing_agent_id"))
+        self.refuse(("GET", path, None, None, None, 404, "session_not_found"), (
+            "PUT", "/v1/pair", {"sessionId": UNKNOWN}, None, None, 404, "session_not_found"))
+
+    def test_health_stats_metrics_and_openapi_answer(self):
+        found = self.expect(self.s.call("GET", "/health"), 200)
+        self.assertEqual(set(found), names("status version uptime capabilities"))
+        self.assertEqual((found["status"], found["capabilities"], type(found["uptime"])),
+                         ("healthy", {"messageFormat": ["text", "json"]}, int))
+        stats = self.expect(self.s.call("GET", "/v1/stats"), 200)
+        self.s.session(("ada", "bob"), greeting="Hello")
+        more = self.s.call("GET", "/v1/stats").json
+        self.assertEqual([more[name] - stats[name] for name in (
+            "activeSessions", "totalAgents", "totalMessages")], [1, 2, 1])
+        self.assertIsInstance(more["uptime"], int)
+        self.assertIn("nexus_active_sessions %d\n" % more["activeSessions"],
+                      self.s.call("GET", "/metrics").text)
+        paths = self.expect(self.s.call("GET", "/openapi.json"), 200)["paths"]
+        self.assertLessEqual({"/v1/sessions/{sessionId}/messages", "/v1/pair/{code}/claim",
+                              "/p/{code}", "/health", "/api/messages"}, set(paths))
+
+
+class MessageTest(Door1Case):
+
+    def test_send_answers_with_id_and_cursor(self):
+        found = self.expect(self.s.send(self.sid, "ada", "one", self.keys["ada"]), 201)
+        self.assertEqual(set(found), names("ok id cursor expiresAt"))
+        self.assertEqual((found["ok"], found["cursor"]), (True, "1"))
+        self.assertRegex(found["id"], r"\Amsg_\w+\Z")
+        self.assertAlmostEqual(when(found["expiresAt"]), self.s.clock.now() + 100000, delta=9000)
+
+    def test_text_is_always_there_and_json_only_when_sent(self):
+        for body in ({"text": "a"}, {"json": {"n": [1, None]}}, {"text": "b", "json": 0},
+                     {"json": False}, {"text": "", "json": ""}, {"text": "\0 \U0001f600 \u2028"}):
+            self.expect(self.s.call("POST", self.posts, body, "ada"), 201)
+            message = self.last()
+            self.assertEqual(set(message), names("id agentId text cursor verified createdAt"
+                                                 " expiresAt") | ({"json"} & set(body)))
+            self.assertEqual((message["text"], message.get("json")),
+                             (body.get("text", ""), body.get("json")))
+            self.assertEqual(when(message["expiresAt"]) - when(message["createdAt"]), 100000)
+
+    def test_what_is_refused_is_not_stored(self):
+        for body in ({}, {"text": ""}, {"text": 5}, {"text": None}, {"text": "a", "json": None}):
+            self.assertEqual(len(self.faults(self.s.call("POST", self.posts, body, "ada"))), 1)
+        for key in (self.keys["bob"], "0" * 64, "short", "é"):
+            self.expect(self.s.send(self.sid, "ada", "x", key), 403, "invalid_session_key")
+        for answer in (self.s.send(self.sid, "eve", "x"), self.s.poll(self.sid, "eve")):
+            self.assertIn("not in session", self.expect(answer, 403, "forbidden")["message"])
+        self.assertEqual(self.s.send(self.sid, "ada", "first").json["cursor"], "1")
+
+    def test_a_message_is_verified_by_its_senders_key(self):
+        for key, verified in ((self.keys["ada"], True), (None, False)):
+            self.s.send(self.sid, "ada", "x", key)
+            self.assertIs(self.last()["verified"], verified)
+
+    def test_cursors_start_at_the_greeting_and_have_no_gaps(self):
+        sid, _ = self.s.session(greeting="Hello")
+        found = self.s.poll(sid, "ada").json
+        self.assertEqual(set(found), names("messages nextCursor"))
+        self.assertEqual(set(found["messages"][0]), names(
+            "id agentId text cursor verified createdAt expiresAt"))
+        self.assertEqual([found["messages"][0][name] for name in ("agentId", "text", "cursor")],
+                         ["system", "Hello", "0"])
+        self.assertEqual(found["messages"][0]["expiresAt"],     # it lives with its session
+                         self.s.call("GET", "/v1/sessions/" + sid).json["expiresAt"])
+        self.assertEqual([self.s.send(sid, "ada", str(n)).json["cursor"] for n in (1, 2, 3)],
+                         ["1", "2", "3"])
+        for query, found, following in (
+                ("", ["Hello", "1", "2", "3"], "3"), ("?after=0", ["1", "2", "3"], "3"),
+                ("?after=2", ["3"], "3"), ("?after=3", [], "3"), ("?after=77", [], "77"),
+                ("?limit=2", ["Hello", "1"], "1"), ("?after=1&limit=1", ["2"], "2"),
+                ("?limit=1&after=9", [], "9"),
+                ("?limit=1000&wait=0&members=false&unknown=1", ["Hello", "1", "2", "3"], "3")):
+            answer = self.s.poll(sid, "ada", query)
+            self.assertEqual((texts(answer), answer.json["nextCursor"]), (found, following), query)
+        self.assertEqual(self.s.poll(self.sid, "ada").json, {"messages": [], "nextCursor": "0"})
+
+    def test_concurrent_sends_get_every_cursor_once(self):
+        calls = [Aside(self.s.send, self.sid, "ada", str(n)) for n in range(20)]
+        sent = {int(call.result().json["cursor"]): str(n) for n, call in enumerate(calls)}
+        self.assertEqual(texts(self.s.poll(self.sid, "bob")), [sent[n] for n in range(1, 21)])
+
+    def test_members_tells_when_each_was_last_seen(self):
+        seen = []
+        for _ in range(2):
+            self.s.clock.advance(20)
+            found = self.s.poll(self.sid, "bob", "?members=true").json["members"]
+            self.assertEqual([set(member) for member in found], [names("agentId lastSeenAt")] * 2)
+            seen.append({member["agentId"]: when(member["lastSeenAt"]) for member in found})
+            self.s.send(self.sid, "ada", "x")
+        self.assertGreaterEqual(seen[0]["bob"] - seen[0]["ada"], 20000)
+        self.assertGreaterEqual(seen[1]["ada"] - seen[0]["ada"], 20000)
+
+    def test_wait_sleeps_over_seen_messages_and_wakes_on_a_new_one(self):
+        for text in ("one", "two"):
+            self.s.send(self.sid, "ada", text)
+        self.assertEqual(texts(self.s.poll(self.sid, "bob", "?after=1&wait=60")), ["two"])
+        waiting = [Aside(self.s.poll, self.sid, agent, "?after=2&wait=60")
+                   for agent in ("ada", "bob") * 3]
+        self.parked(6)
+        self.s.send(self.s.session()[0], "ada", "in another session")
+        began = time.monotonic()
+        self.s.send(self.sid, "ada", "three")
+        self.assertEqual([texts(each.result()) for each in waiting], [["three"]] * 6)
+        self.assertLess(time.monotonic() - began, 5)
+        self.parked(0)
+
+    def test_wait_ends_with_an_empty_list(self):
+        began = time.monotonic()
+        found = self.s.store.sessions.poll(self.sid, "bob", 5, 10, 0.1, False, None)
+        self.assertEqual(found, {"messages": [], "nextCursor": "5"})
+        self.assertGreaterEqual(time.monotonic() - began, 0.09)
+
+    def test_a_client_that_hangs_up_frees_its_place(self):
+        for half in (False, True):
+            with socket.create_connection(("127.0.0.1", self.s.port)) as sock:
+                sock.sendall(get(self.posts + "?wait=60", "X-Agent-Id: bob"))
+                self.parked(1)
+                if half:
+                    sock.shutdown(socket.SHUT_WR)
+                    self.parked(0)
+            self.parked(0)
+
+    def test_stop_sends_waiters_home_with_an_empty_answer(self):
+        server = self.server()
+        sid, _ = server.session()
+        waiting = Aside(server.poll, sid, "ada", "?after=3&wait=60")
+        until(lambda: server.store.waiters.parked)
+        server.stop()
+        self.assertEqual(waiting.result().json, {"messages": [], "nextCursor": "3"})
+
+    def test_places_to_wait_are_limited_in_all_and_per_address(self):
+        server = self.server(max_waiters=2, max_waiters_per_address=1, trust_proxy=True)
+        sid, _ = server.session()
+
+        def poll(address):
+            return server.call("GET", "/v1/sessions/%s/messages?wait=60" % sid, agent="ada",
+                               headers={"X-Forwarded-For": address})
+        waiting = []
+        for address, refused in (("203.0.113.1", "203.0.113.1"), ("203.0.113.2", "203.0.113.3")):
+            waiting.append(Aside(poll, address))
+            until(lambda: server.store.waiters.parked == len(waiting))
+            answer = poll(refused)
+            self.expect(answer, 503, "server_busy")
+            self.assertGreater(int(answer.headers["retry-after"]), 0)
+        server.send(sid, "ada", "x")
+        self.assertEqual([texts(each.result()) for each in waiting], [["x"], ["x"]])
+
+
+# ----------------------------------------------------------------------------------------
+# Door 1: lifetimes
+#
+# A session slides with its use and is gone the moment its time is over, for every call; the
+# sweep removes it, and nothing of it stays.
+# ----------------------------------------------------------------------------------------
+
+class LifetimeTest(Case):
+
+    def setUp(self):
+        self.s = self.server()
+
+    def rows(self):
+        """How many sessions, agents, messages and codes are stored."""
+        return tuple(self.s.store.db.read("SELECT COUNT(*) FROM " + table)[0][0]
+                     for table in ("sessions", "agents", "session_messages", "codes"))
+
+    def test_sending_and_polling_keep_a_session_alive(self):
+        sid, _ = self.s.session(ttl=100)
+        for act in (lambda: self.s.poll(sid, "ada"), lambda: self.s.send(sid, "ada", "x")) * 2:
+            self.s.clock.advance(60)
+            self.assertLess(act().status, 300)
+            ends = when(self.s.call("GET", "/v1/sessions/" + sid).json["expiresAt"])
+            self.assertAlmostEqual(ends, self.s.clock.now() + 100000, delta=9000)
+            self.s.sweep()
+        self.s.clock.advance(60)
+        self.expect(self.s.call("GET", "/v1/sessions/" + sid), 200)
+        self.s.clock.advance(41)        # looking at the status was no activity
+        self.expect(self.s.call("GET", "/v1/sessions/" + sid), 404, "session_not_found")
+
+    def test_a_message_lives_for_the_ttl_from_its_sending(self):
+        sid, _ = self.s.session(ttl=100, greeting="Hello")
+        for text in ("one", "two"):
+            self.s.send(sid, "ada", text)
+            self.s.clock.advance(60)
+        self.assertEqual(texts(self.s.poll(sid, "ada")), ["Hello", "two"])
+        self.s.clock.advance(60)
+        self.assertEqual(self.s.poll(sid, "ada", "?after=0").json,
+                         {"messages": [], "nextCursor": "0"})
+        self.assertEqual(self.s.send(sid, "ada", "three").json["cursor"], "3")
+
+    def test_what_is_over_is_invisible_at_once_and_deleted_by_the_sweep(self):
+        sid, keys = self.s.session(("ada", "bob"), ttl=10, greeting="Hello")
+        code = self.s.call("PUT", "/v1/pair", {"sessionId": sid}).json["code"]
+        self.s.send(sid, "ada", "x")
+        self.assertEqual(self.rows(), (1, 2, 2, 1))
+        self.s.clock.advance(11)
+        for answer in (self.s.poll(sid, "ada"), self.s.send(sid, "ada", "y", keys["ada"]),
+                       self.s.call("POST", "/v1/sessions/%s/renew" % sid, agent="ada"),
+                       self.s.call("POST", "/v1/sessions/%s/join" % sid, agent="eve")):
+            self.expect(answer, 404, "session_not_found")
+        self.assertEqual(self.s.call("GET", "/v1/stats").json["activeSessions"], 0)
+        self.assertEqual(self.s.call("GET", "/v1/pair/%s/status" % code).json["state"], "expired")
+        self.assertEqual((self.s.sweep(), self.rows()), (3, (0, 0, 0, 1)))
+        self.s.clock.advance(nexus.CODE_SECONDS + nexus.CODE_MEMORY_SECONDS)
+        self.assertEqual((self.s.sweep(), self.rows()), (1, (0, 0, 0, 0)))
+
+    def test_the_silent_are_removed_but_never_the_creator(self):
+        server = self.server(agent_inactivity=30)
+        sid, keys = server.session(("ada", "bob", "eve"), ttl=1000)
+        server.clock.advance(20)
+        server.poll(sid, "eve")
+        server.clock.advance(20)
+        server.sweep()
+        self.assertEqual(server.call("GET", "/v1/sessions/" + sid).json["agents"], ["ada", "eve"])
+        self.expect(server.send(sid, "bob", "x", keys["bob"]), 403, "forbidden")
+        self.expect(server.call("POST", "/v1/sessions/%s/join" % sid, agent="bob"), 200)
+
+    def test_setting_the_computers_clock_moves_nothing(self):
+        store = nexus.Store(nexus.Settings({"db": ":memory:"}))
+        self.addCleanup(store.close)
+        sid = store.sessions.create(100, 5, None, None)["sessionId"]
+        before, real = store.clock.now(), time.time
+        self.assertAlmostEqual(before / 1000, real(), delta=60)
+        for jump in (1e6, -1e6):
+            with patched(time, "time", lambda: real() + jump):
+                self.assertEqual(store.sessions.status(sid)["state"], "active")
+                self.assertTrue(0 <= store.clock.now() - before < 60000)
+
+
+# ----------------------------------------------------------------------------------------
+# Door 1: pairing
+#
+# A code is easy to say and hard to guess, works once and only by claiming, and tells whoever
+# guesses to go away.
+# ----------------------------------------------------------------------------------------
+
+class PairingTest(Door1Case):
+
+    SETTINGS = {"trust_proxy": True}
+
+    def setUp(self):
+        self.s.clock.advance(60)            # every test has its wrong codes free
+        self.sid, _ = self.s.session(ttl=3000)
+
+    def pair(self, sid=None):
+        return self.expect(self.s.call("PUT", "/v1/pair", {"sessionId": sid or self.sid}), 201)
+
+    def state(self, code):
+        return self.s.call("GET", "/v1/pair/%s/status" % code).json.get("state")
+
+    def claim(self, code, agent="bob", address=""):
+        return self.s.call("POST", "/v1/pair/%s/claim" % code, agent=agent,
+                           headers={"X-Forwarded-For": address})
+
+    def test_a_code_has_the_promised_shape_and_link(self):
+        found = self.pair()
+        self.assertEqual(set(found), names("code url expiresAt"))
+        first, second, symbols = found["code"].split("-")
+        self.assertTrue({first, second} <= set(nexus.WORDS))
+        self.assertRegex(symbols, r"\A[0-9A-HJKMNP-TV-Z]{5}\Z")
+        self.assertEqual(found["url"], "%s/p/%s" % (self.s.url, found["code"]))
+        self.assertAlmostEqual(when(found["expiresAt"]), self.s.clock.now() + 600000, delta=9000)
+
+    def test_the_words_keep_their_rules_and_the_odds_their_arithmetic(self):
+        self.assertEqual((len(nexus.WORDS), len({word[:4] for word in nexus.WORDS})), (256, 256))
+        for word in nexus.WORDS:
+            self.assertRegex(word, r"\A[A-Z]{4,6}\Z")
+        self.assertEqual(256 ** 2 * len(set(nexus.SYMBOLS)) ** 5, 2 ** nexus.CODE_BITS)
+        self.assertGreaterEqual(nexus.CODE_BITS, 40)
+        self.assertFalse(set("ILOU") & set(nexus.SYMBOLS))
+        self.assertEqual(len({nexus.new_code() for _ in range(500)}), 500)
+        for word in nexus.WORDS:            # written in one, each code is read in one way
+            for code in (word + "-AMBER-0Z1Y2", "AMBER-" + word + "-0Z1Y2"):
+                self.assertEqual(nexus.read_code(code.replace("-", "").lower()), code)
+
+    def test_spelling_is_forgiven(self):
+        with patched(nexus, "new_code", lambda: "PEARL-FOCAL-0A1B1"):
+            self.pair()
+        for text in ("pearl-focal-oaib1", "PEARL FOCAL 0A1BL", "pearl_focal_oalbi",
+                     "pearlfocal0a1b1", " Pearl - Focal - 0A1B1 ", "PEARL.FOCAL.0A1B1",
+                     "http://127.0.0.1:3456/p/PEARL-FOCAL-0A1B1",
+                     "https://example.org/nexus/p/pearl-focal-oaibi/?utm=x#top"):
+            self.assertEqual(self.state(nexus.percent(text)), "pending", text)
+        self.expect(self.claim(nexus.percent(text)), 200)
+
+    def test_claiming_joins_once(self):
+        code = self.pair()["code"]
+        found = self.expect(self.claim(code), 200)
+        self.assertEqual(set(found), names("sessionId status sessionKey"))
+        self.assertEqual((found["sessionId"], found["status"]), (self.sid, "claimed"))
+        self.expect(self.s.send(self.sid, "bob", "x", found["sessionKey"]), 201)
+        self.assertEqual(self.state(code), "claimed")
+        self.expect(self.claim(code, "eve"), 404, "code_expired_or_used")
+        self.assertEqual(self.s.call("GET", "/v1/sessions/" + self.sid).json["agents"],
+                         ["ada", "bob"])
+
+    def test_of_fifty_who_claim_one_code_one_gets_it(self):
+        code, start = self.pair()["code"], threading.Event()
+
+        def claim(number):
+            start.wait(10)
+            return self.claim(code, "agent-%d" % number, "203.0.113.%d" % number)
+        calls = [Aside(claim, number) for number in range(50)]
+        start.set()
+        self.assertEqual(collections.Counter(call.result().status for call in calls),
+                         {200: 1, 404: 49})
+        self.assertEqual(len(self.s.call("GET", "/v1/sessions/" + self.sid).json["agents"]), 2)
+
+    def test_a_code_ends_after_ten_minutes_or_with_its_session(self):
+        code = self.pair()["code"]
+        for seconds, state in ((590, "pending"), (11, "expired")):
+            self.s.clock.advance(seconds)
+            self.assertEqual(self.state(code), state)
+        short = self.pair(self.s.session(ttl=10)[0])["code"]
+        self.s.clock.advance(11)
+        for sweep in (lambda: None, self.s.sweep):
+            sweep()
+            for over in (code, short):
+                self.assertEqual(self.state(over), "expired")
+                self.expect(self.claim(over), 404, "code_expired_or_used")
+                self.expect(self.s.call("GET", "/p/" + over), 404, "code_expired_or_used")
+
+    def test_looking_never_claims(self):
+        code = self.pair()["code"]
+        for path in ("/p/%s", "/v1/pair/%s/skill", "/v1/pair/%s/status"):
+            for method in ("GET", "HEAD", "GET"):
+                self.expect(self.s.call(method, path % code), 200)
+        self.expect(self.s.call("GET", "/v1/pair/%s/claim" % code), 405, "method_not_allowed")
+        self.expect(self.claim(code), 200)
+
+    def test_a_claim_that_fails_burns_nothing(self):
+        sid, keys = self.s.session(("ada", "eve"), maxAgents=2)
+        code = self.pair(sid)["code"]
+        for agent, status, error in ((None, 400, "missing_agent_id"),
+                                     ("a b", 400, "invalid_request"),
+                                     ("system", 400, "invalid_request"),
+                                     ("eve", 409, "agent_id_taken"), ("bob", 409, "session_full")):
+            self.expect(self.claim(code, agent), status, error)
+        self.s.call("DELETE", "/v1/sessions/%s/agents/eve" % sid, agent="eve", key=keys["eve"])
+        self.expect(self.claim(code), 200)
+
+    def test_a_code_never_given_out_is_not_found(self):
+        for method, path in (("GET", "/p/%s"), ("GET", "/v1/pair/%s/skill"),
+                             ("GET", "/v1/pair/%s/status"), ("POST", "/v1/pair/%s/claim")):
+            self.s.clock.advance(60)
+            for code in (LOST, LOST + "0", LOST.replace("0", "U"), "AMBER", "%F0%9F%98%80"):
+                self.expect(self.s.call(method, path % code, agent="bob"), 404, "code_not_found")
+
+    def test_wrong_codes_have_a_budget_per_address(self):
+        code, used, misses = self.pair()["code"], self.pair()["code"], self.s.store.sessions.misses
+        self.claim(used, "eve")
+        self.assertEqual((misses.limit, misses.seconds), (20, 60))
+        with patched(misses, "limit", 4):
+            for look in ("/p/%s", "/v1/pair/%s/status", "/v1/pair/%s/skill"):
+                self.assertLess(self.s.call("GET", look % used).status, 429)
+                self.expect(self.s.call("GET", look % code), 200)       # right ones cost nothing
+            self.expect(self.claim(LOST), 404, "code_not_found")
+            for answer in (self.claim(code), self.s.call("GET", "/p/" + code),
+                           self.s.call("GET", "/v1/pair/%s/status" % code)):
+                self.expect(answer, 429, "rate_limit_exceeded")         # not even right ones now
+                self.assertTrue(1 <= int(answer.headers["retry-after"]) <= 60)
+            self.expect(self.claim(code, address="203.0.113.9"), 200)
+            self.s.clock.advance(60)
+            self.assertEqual(self.state(code), "claimed")
+
+    def test_wrong_codes_have_a_budget_over_all_addresses(self):
+        misses, budget = self.s.store.sessions.misses, self.s.store.sessions.all_misses
+        self.assertEqual((budget.limit, budget.seconds), (1000, 60))
+        one_site = ["2001:db8:1:2::%x" % n for n in range(1, 4)]       # owns them all
+        for which, addresses in ((budget, ["203.0.113.%d" % n for n in range(3)]),
+                                 (misses, one_site)):
+            self.s.clock.advance(60)
+            with patched(which, "limit", 2):
+                self.assertEqual([self.claim(LOST, address=each).status for each in addresses],
+                                 [404, 404, 429])
+
+
+# ----------------------------------------------------------------------------------------
+# Door 1: pages
+#
+# The page behind a link teaches by lines that run as printed; a browser gets the same as HTML in
+# which nothing foreign can act.
+# ----------------------------------------------------------------------------------------
+
+class PageTest(Case):
+
+    def setUp(self):
+        self.s, self.home = self.server(), self.folder()
+        self.sid, keys = self.s.session(greeting="Hello guest")
+        self.s.send(self.sid, "ada", "Are you there?", keys["ada"])
+        self.code = self.s.call("PUT", "/v1/pair", {"sessionId": self.sid}).json["code"]
+
+    def page(self, path, accept="*/*"):
+        answer = self.s.call("GET", path, headers={"Accept": accept})
+        self.expect(answer, 200)
+        return answer
+
+    def blocks(self, path):
+        """The command lines of a page."""
+        return re.findall(r"```sh\n(.*?)```", self.page(path).text, re.S)
+
+    def run_block(self, block):
+        """Run command lines as printed; returns the JSON objects on stdout."""
+        if not (shutil.which("bash") and shutil.which("curl")):
+            self.skipTest("bash and curl are not both here")
+        done = subprocess.run(["bash", "-ec", block], cwd=self.home, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=30,
+                              env=clean_environment(self.home, NO_PROXY="127.0.0.1"))
+        self.assertEqual((done.returncode, done.stderr), (0, b""), block)
+        return [json.loads(each) for each in
+                re.findall(r"\{.*?\}(?=\{|\Z)", done.stdout.decode(), re.S)]
+
+    def test_the_lines_behind_a_code_run_as_printed(self):
+        claim, read, wait, write, leave = self.blocks("/p/" + self.code)
+        saved = os.path.join(self.home, "nexus-%s.json" % self.code)
+        self.assertEqual(self.run_block(claim), [])
+        with open(saved, encoding="utf-8") as file:
+            self.assertEqual(json.load(file)["sessionId"], self.sid)
+        for block, expected in ((read, ["Hello guest", "Are you there?"]),
+                                (wait, ["Are you there?"])):
+            found, = self.run_block(block)
+            self.assertEqual([each["text"] for each in found["messages"]], expected)
+        self.assertEqual(self.run_block(write)[0]["cursor"], "2")
+        message = self.s.poll(self.sid, "ada").json["messages"][-1]
+        self.assertEqual((message["agentId"], message["verified"]),
+                         ("guest-" + self.code[-5:].lower(), True))
+        self.assertTrue(self.run_block(leave)[0]["ok"])
+        self.assertEqual(self.s.call("GET", "/v1/sessions/" + self.sid).json["agents"], ["ada"])
+        self.assertFalse(os.path.exists(saved))
+
+    def test_the_lines_of_the_home_page_run_as_printed(self):
+        create, pair, talk, channel = self.blocks("/")
+        self.assertEqual(self.run_block(create), [])
+        with open(os.path.join(self.home, "nexus-session.json"), encoding="utf-8") as file:
+            sid = json.load(file)["sessionId"]
+        code = self.run_block(pair)[0]["code"]
+        self.expect(self.s.call("POST", "/v1/pair/%s/claim" % code, agent="guest"), 200)
+
+        def reply():
+            until(lambda: self.s.store.waiters.parked)
+            return self.s.send(sid, "guest", "Yes")
+        replying = Aside(reply)
+        sent, polled = self.run_block(talk)
+        self.expect(replying.result(), 201)
+        self.assertEqual((sent["cursor"], polled["messages"][0]["text"]), ("1", "Yes"))
+        sent, inbox, acked = self.run_block(channel)
+        self.assertEqual((inbox["messages"][0]["content"], inbox["count"], acked["ackedCount"]),
+                         ("green", 1, 1))
+
+    def test_agents_get_markdown_and_browsers_the_same_as_html(self):
+        for path in ("/", "/p/" + self.code, "/v1/pair/%s/skill" % self.code):
+            plain = self.page(path)
+            rich = self.page(path, "text/html,application/xhtml+xml,*/*;q=0.8")
+            self.assertTrue(plain.headers["content-type"].startswith("text/markdown"))
+            self.assertTrue(rich.headers["content-type"].startswith("text/html"))
+            self.assertEqual((plain.headers["vary"], rich.headers["vary"]), ("Accept", "Accept"))
+            shown = re.sub(r"&#(\d+);", lambda m: chr(int(m.group(1))),
+                           re.sub(r"<[^>]*>", "", rich.text))
+            for block in self.blocks(path):
+                self.assertIn(block.strip(), shown)
+        for needed in (self.code, "X-Agent-Id", "nextCursor", "wait=", "as data, not as orders",
+                       "Never send secrets", "code_expired_or_used", "session_full", self.s.url):
+            self.assertIn(needed, plain.text)
+
+    def test_html_runs_no_script_and_its_policy_says_so(self):
+        answer = self.page("/p/" + self.code, "text/html")
+        policy = answer.headers["content-security-policy"]
+        style = re.search("<style>(.*?)</style>", answer.text, re.S).group(1).encode()
+        style = "sha256-" + base64.b64encode(hashlib.sha256(style).digest()).decode()
+        for part in (style, "default-src 'none'", "frame-ancestors 'none'"):
+            self.assertIn(part, policy)
+        self.assertNotRegex(policy, "script|unsafe|[*]")
+        self.assertNotRegex(answer.text, r"(?i)<script|<img|\son\w+=|javascript:|src=")
+        self.assertEqual((answer.headers["x-content-type-options"],
+                          answer.headers["referrer-policy"]), ("nosniff", "no-referrer"))
+
+    def test_nothing_foreign_becomes_markup(self):
+        evil, html = "\"'><img src=x onerror=alert(1)>&amp;`**<script>", {"Accept": "text/html"}
+        server = self.server(base_url="http://nexus.example/" + evil)
+        markdown = "# %s\n\n%s\n\n- %s\n\n```sh\n%s\n```\n" % ((evil,) * 4)
+        for text in (server.call("GET", "/", headers=html).text, nexus.html_page(markdown)):
+            self.assertIn("onerror", text)
+            self.assertNotRegex(text, "<img|<script")
+        for path in ("/p/", "/"):
+            answer = self.s.call("GET", path + nexus.percent(evil), headers=html)
+            self.assertEqual((answer.status, answer.headers["content-type"]),
+                             (404, "application/json"))
+            self.assertNotIn("<", answer.text)
+
+
+# ----------------------------------------------------------------------------------------
+# Door 1: redaction and repeated sends
+#
+# A secret is blacked out before it is stored, wherever it stands; a send that is repeated with
+# its Idempotency-Key stores nothing new.
+# ----------------------------------------------------------------------------------------
+
+class SendTest(Door1Case):
+
+    def send(self, body, key=None, agent="ada", server=None, session_key=None):
+        return (server or self.s).call("POST", self.posts, body, agent, session_key,
+                                       headers={"Idempotency-Key": key} if key else None)
+
+    def test_secrets_are_blacked_out_in_text_and_in_keys_and_values_of_json(self):
+        found = self.expect(self.send({"text": "use %s, please" % TOKEN}), 201)
+        self.assertEqual(set(found), names("ok id cursor expiresAt redacted"))
+        self.assertEqual(found["redacted"], ["github-token"])
+        self.assertEqual(self.last()["text"], "use [REDACTED:github-token], please")
+        found = self.expect(self.send({"text": "url http://ada:" + "s3cr3t@host/", "json": {
+            "deep": [{"password": "hunter2!"}, TOKEN], TOKEN: 1, "n": 1.5, "none": None}}), 201)
+        self.assertEqual(found["redacted"], ["github-token", "password", "url-password"])
+        self.assertEqual(self.last()["text"], "url http://ada:[REDACTED:url-password]@host/")
+        self.assertEqual(self.last()["json"], {
+            "deep": [{"password": "[REDACTED:password]"}, "[REDACTED:github-token]"],
+            "[REDACTED:github-token]": 1, "n": 1.5, "none": None})
+        found = self.s.call("PUT", "/v1/sessions", {"greeting": TOKEN, "creatorAgentId": "ada"})
+        self.assertEqual([found.json["greeting"]] + texts(self.s.poll(found.json["sessionId"],
+                                                                      "ada")),
+                         ["[REDACTED:github-token]"] * 2)
+
+    def test_keys_of_living_sessions_are_blacked_out_and_other_hashes_left(self):
+        _, keys = self.s.session(("eve",), ttl=10)
+        for key in (self.keys["ada"], keys["eve"], keys["eve"].upper()):
+            found = self.send({"text": "see %s." % key, "json": [key]}).json
+            self.assertEqual(found["redacted"], ["session-key"])
+            self.assertEqual((self.last()["text"], self.last()["json"]),
+                             ("see [REDACTED:session-key].", ["[REDACTED:session-key]"]))
+        self.s.clock.advance(11)
+        for text in (keys["eve"], hashlib.sha256(b"x").hexdigest(), self.sid, "a" * 64,
+                     self.keys["ada"] + "0"):
+            self.assertNotIn("redacted", self.send({"text": text}).json)
+            self.assertEqual(self.last()["text"], text)
+
+    def test_a_repeated_send_gets_the_first_answer_and_stores_nothing(self):
+        for key, body in (("a", {"text": "a"}), ("b", {"json": {"b": 1, "a": [2]}}),
+                          ("c", {"text": TOKEN})):
+            first, again = self.send(body, key), self.send(body, key)
+            self.assertNotIn("idempotent-replay", first.headers)
+            self.assertEqual((again.status, again.headers["idempotent-replay"], again.json),
+                             (201, "true", first.json))
+        same = json.dumps({"json": {"a": [2], "b": 1}}, indent=4).encode()
+        self.assertEqual(self.send(same, "b").headers.get("idempotent-replay"), "true")
+        self.assertEqual(len(texts(self.s.poll(self.sid, "bob"))), 3)
+        calls = [Aside(self.send, {"text": "x"}, "k") for _ in range(10)]
+        self.assertEqual({call.result().json["cursor"] for call in calls}, {"4"})
+
+    def test_another_body_under_the_same_key_is_refused(self):
+        for key, first, *others in (("k", {"text": "a"}, {"text": "b"}, {"text": "a", "json": 1},
+                                     {"json": "a"}), ("n", {"json": 1}, {"json": True})):
+            self.expect(self.send(first, key), 201)
+            for body in others:
+                self.expect(self.send(body, key), 409, "idempotency_key_reused")
+        self.assertEqual(len(texts(self.s.poll(self.sid, "bob"))), 2)
+
+    def test_a_key_counts_for_one_sender_in_one_session_and_for_what_was_stored(self):
+        for body, key, session_key, status, code in (
+                ({"text": "a"}, "k", "0" * 64, 403, "invalid_session_key"),
+                ({"text": 5}, "k", None, 400, "invalid_request"),
+                ({"text": "a"}, "k" * 129, None, 400, "invalid_request")):
+            self.expect(self.send(body, key, session_key=session_key), status, code)
+        sent = [self.send({"text": "b"}, "k"), self.send({"text": "b"}, "k", "bob")]
+        sid, _ = self.s.session()
+        sent.append(self.s.call("POST", "/v1/sessions/%s/messages" % sid, {"text": "b"}, "ada",
+                                headers={"Idempotency-Key": "k"}))
+        self.assertEqual([each.json["cursor"] for each in sent], ["1", "2", "1"])
+
+    def test_everything_survives_a_restart(self):
+        path = os.path.join(self.folder(), "nexus.db")
+        server = self.server(db=path)
+        self.sid, keys = server.session(("ada", "bob"), greeting="Hello")
+        self.posts = "/v1/sessions/%s/messages" % self.sid
+        first = self.send({"text": "a", "json": [1]}, "k", server=server).json
+        code = server.call("PUT", "/v1/pair", {"sessionId": self.sid}).json["code"]
+        before = server.poll(self.sid, "bob").json["messages"][1:]
+        server.stop()
+        server = self.server(db=path)
+        self.assertEqual(self.send({"text": "a", "json": [1]}, "k", server=server).json, first)
+        self.assertEqual(self.send({"text": "b"}, server=server, session_key=keys["ada"]).json[
+            "cursor"], "2")
+        self.assertEqual(server.poll(self.sid, "bob", "?after=0&limit=1").json["messages"], before)
+        self.expect(server.call("POST", "/v1/pair/%s/claim" % code, agent="eve"), 200)
+
+
+# ----------------------------------------------------------------------------------------
+# HTTP manners
+#
+# What HTTP/1.1 clients may expect of any server, they get from this one; every answer has an
+# X-Request-Id, every refusal a JSON body.
+# ----------------------------------------------------------------------------------------
+
+class HttpTest(Door1Case):
+
+    SETTINGS = {"max_body": 300}
+
+    def head(self, *lines):
+        """The head of a send, with these header lines more."""
+        return "\r\n".join(("POST %s HTTP/1.1" % self.posts, "Host: localhost", "X-Agent-Id: ada")
+                           + lines + ("", "")).encode()
+
+    def ask(self, data):
+        """The answers to some bytes."""
+        return answers(self.s.raw(data, half_close=True))
+
+    def test_every_answer_has_a_request_id_of_its_own(self):
+        found = [self.s.call("GET", path) for path in ("/", "/health", "/nowhere", self.posts)]
+        found += [self.s.call("PATCH", "/health"), self.s.call("HEAD", "/health"),
+                  self.s.call("PUT", "/v1/sessions", b"{"), *self.ask(b"nonsense\r\n\r\n"),
+                  *self.ask(self.head("Content-Length: 301"))]
+        self.assertEqual([each.status for each in found],
+                         [200, 200, 404, 400, 405, 200, 400, 400, 413])
+        self.assertEqual(len({each.headers["x-request-id"] for each in found}), len(found))
+
+    def test_head_answers_like_get_without_the_body(self):
+        for path in ("/", "/health", self.path, "/openapi.json", "/nowhere"):
+            get_, head = self.s.call("GET", path), self.s.call("HEAD", path)
+            self.assertEqual((head.status, head.text), (get_.status, ""))
+            for name in ("content-length", "content-type"):
+                self.assertEqual(head.headers[name], get_.headers[name], path)
+        raw = self.s.raw(b"HEAD / HTTP/1.0\r\n\r\n")
+        self.assertEqual(raw.index(b"\r\n\r\n"), len(raw) - 4)
+
+    def test_another_method_is_refused_with_those_allowed(self):
+        for method, path, allowed in (
+                ("POST", "/health", "GET HEAD"), ("GET", "/v1/sessions", "PUT"),
+                ("HEAD", "/v1/pair", "PUT"), ("DELETE", self.posts, "GET HEAD POST"),
+                ("BREW", "/", "GET HEAD"), ("get", "/", "GET HEAD")):
+            answer = self.s.call(method, path)
+            self.assertEqual((answer.status, set(answer.headers["allow"].split(", "))),
+                             (405, names(allowed)))
+
+    def test_every_refusal_has_its_status_and_code(self):
+        create, plain = ("PUT", "/v1/sessions"), {"Content-Type": "text/plain"}
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        self.expect(self.s.call(*create, b"", headers=form), 201)
+        for method, path, body, headers, status, code in (
+                *((*create, body, None, 400, "invalid_body") for body in (
+                    b"{", b"[]", b"null", b"\xff", b'{"ttl": 1} x')),
+                (*create, b"{}", plain, 415, "unsupported_media_type"),
+                (*create, b"ttl=1", form, 415, "unsupported_media_type"),
+                (*create, b" " * 301, None, 413, "payload_too_large"),
+                ("PUT", "/v1/pair", None, None, 400, "invalid_request"),
+                ("PUT", "/v1/pair", {"sessionId": ""}, None, 400, "invalid_request"),
+                ("GET", "/health", None, {"Host": "evil.example"}, 403, "host_not_allowed"),
+                ("GET", "/health", None, {"Origin": "http://evil"}, 403, "origin_not_allowed"),
+                ("GET", "/v1/nothing", None, None, 404, "not_found"),
+                ("GET", "/v1/sessions/", None, None, 404, "not_found")):
+            found = self.expect(self.s.call(method, path, body, headers=headers), status, code)
+            self.assertTrue(len(found["message"]) > 10 and "_tag" not in found)
+            self.assertEqual("details" in found, code == "invalid_request")
+
+    def test_refusals_under_api_have_a_tag_for_the_other_door(self):
+        for answer, tag in ((self.s.call("GET", "/api/nowhere"), "NotFound"),
+                            (self.s.call("POST", "/api/messages", {}), "HttpApiDecodeError"),
+                            (self.s.call("POST", "/api/messages", b" " * 301),
+                             "PAYLOAD_TOO_LARGE")):
+            self.assertEqual(answer.json.get("_tag"), tag, answer.text)
+
+    def test_a_fault_of_ours_is_a_number_and_a_line_in_the_log(self):
+        def fail(*_):
+            raise ZeroDivisionError("quotes " + self.sid)
+        with patched(self.s.store.sessions, "status", fail):
+            answer = self.s.call("GET", self.path)
+        self.assertEqual(set(self.expect(answer, 500, "internal_error")), names("error message"))
+        line = self.s.lines.pop()
+        self.assertIn(answer.headers["x-request-id"], line)
+        self.assertNotIn(self.sid, line)
+
+    def test_words_that_clients_guess_from_stand_only_where_they_are_meant(self):
+        for code, (status, message) in nexus.ERRORS.items():
+            text = message.lower()
+            self.assertTrue("404" not in text and ("not found" not in text or status == 404), code)
+            self.assertTrue("not in session" not in text or code == "forbidden", code)
+            self.assertTrue("expired" not in text or "expired" in code
+                            or code == "session_not_found", code)
+
+    def test_connections_are_kept_until_the_client_says_otherwise(self):
+        connection = http.client.HTTPConnection("127.0.0.1", self.s.port, timeout=10)
+        self.addCleanup(connection.close)
+        used = set()
+        for path in ("/health", "/nowhere", "/v1/sessions/" + UNKNOWN, "/health"):
+            connection.request("GET", path)
+            connection.getresponse().read()
+            used.add(connection.sock.getsockname())
+        self.assertEqual(len(used), 1)
+        for request in (get("/health", "Connection: close"), b"GET /health HTTP/1.0\r\n\r\n"):
+            answer, = answers(self.s.raw(request))
+            self.assertEqual((answer.status, answer.headers["connection"]), (200, "close"))
+
+    def test_pipelined_requests_are_answered_in_order_and_chunked_bodies_read(self):
+        chunks = b'5;x="y"\r\n{"tex\r\nA\r\nt": "hello\r\n2\r\n"}\r\n000\r\nTrailer: x\r\n\r\n'
+        found = self.ask(get("/health") + self.head("Content-Length: 13") + b'{"text": "x"}\r\n'
+                         + self.head("Transfer-Encoding: Chunked") + chunks + get("/nowhere"))
+        self.assertEqual([each.status for each in found], [200, 201, 201, 404])
+        self.assertEqual(texts(self.s.poll(self.sid, "ada")), ["x", "hello"])
+
+    def test_a_body_at_the_limit_is_fine_and_one_byte_more_is_not(self):
+        for size, status in ((300, 201), (301, 413)):
+            body = b'{"text": "%s"}' % (b"x" * (size - 12))
+            half = b"%x\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (100, body[:100], size - 100, body[100:])
+            for data in (self.head("Content-Length: %d" % size) + body,
+                         self.head("Transfer-Encoding: chunked") + half):
+                self.assertEqual([each.status for each in self.ask(data)], [status])
+
+    def test_expect_100_continue_is_answered_before_the_body_comes(self):
+        with socket.create_connection(("127.0.0.1", self.s.port), 10) as sock:
+            sock.sendall(self.head("Content-Length: 13", "Expect: 100-continue"))
+            self.assertEqual(sock.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+            sock.sendall(b'{"text": "x"}')
+            self.assertTrue(sock.recv(9999).startswith(b"HTTP/1.1 201 "))
+            sock.sendall(self.head("Content-Length: 301", "Expect: 100-continue"))
+            self.assertTrue(sock.recv(9999).startswith(b"HTTP/1.1 413 "))
+
+    def test_too_many_connections_are_told_to_come_back(self):
+        server = self.server(max_connections=1)
+        with socket.create_connection(("127.0.0.1", server.port)):
+            until(lambda: server.server.connections)
+            answer, = answers(server.raw(b""))
+            self.expect(answer, 503, "server_busy")
+            self.assertLessEqual(names("retry-after x-request-id"), set(answer.headers))
+        until(lambda: not server.server.connections)
+        self.expect(server.call("GET", "/health"), 200)
+
+    def test_full_places_say_so_and_when_to_come_back(self):
+        server = self.server(max_sessions=2, max_codes=1, max_session_messages=2,
+                             max_session_bytes=1024)
+        (sid, _), (other, _) = server.session(), server.session()
+        self.expect(server.call("PUT", "/v1/pair", {"sessionId": sid}), 201)
+        for text in ("a", "b"):
+            self.expect(server.send(sid, "ada", text), 201)
+        for answer in (server.send(sid, "ada", "c"), server.call("PUT", "/v1/sessions"),
+                       server.send(other, "ada", "x" * 1025),
+                       server.call("PUT", "/v1/pair", {"sessionId": sid})):
+            self.expect(answer, 429, "quota_exceeded")
+            self.assertGreater(int(answer.headers["retry-after"]), 0)
+        server.clock.advance(90000)
+        server.sweep()
+        self.expect(server.call("PUT", "/v1/sessions"), 201)
+
+    def test_the_log_names_operations_and_nothing_private(self):
+        server = self.server(verbose=True)
+        sid, keys = server.session()
+        code = server.call("PUT", "/v1/pair", {"sessionId": sid}).json["code"]
+        server.send(sid, "ada", "private words", keys["ada"])
+        for path in ("/p/" + code, "/v1/pair/%s/status" % code, "/" + sid, "/%0d%0aforged"):
+            server.call("GET", path)
+        until(lambda: len(server.lines) == 7)
+        log = "\n".join(server.lines)
+        server.lines.clear()
+        self.assertIn("POST /v1/sessions/{session_id}/messages 201", log)
+        for private in (sid, keys["ada"], code, "private words", "ada", "forged"):
+            self.assertNotIn(private, log)
+        self.assertEqual(nexus.one_line("a\r\nb\x1b[0m\x85\x7f"), "a??b?[0m??")
+
+
+# ----------------------------------------------------------------------------------------
+# The parser
+#
+# Beside the parser of the standard library: what both take they read alike, and what that one
+# refuses ours refuses too. What ours refuses besides is what two programs could read in two ways.
+# ----------------------------------------------------------------------------------------
+
+class Stock(nexus.http_server.BaseHTTPRequestHandler):
+    """How http.server reads a request, without a socket: accepted, command, path, headers."""
+
+    def __init__(self, raw):
+        self.rfile, self.wfile, self.client_address = io.BytesIO(raw), io.BytesIO(), ("", 0)
+        self.raw_requestline = self.rfile.readline(65537)
+        self.accepted = self.parse_request()
+
+    def send_error(self, code, message=None, explain=None):
+        """Nobody listens."""
+
+
+def parsed(raw):
+    """What our parser makes of a request: a Request, or None if it is refused."""
+    try:
+        return nexus.parse_head(raw.partition(b"\r\n\r\n")[0])
+    except nexus.NexusError:
+        return None
+
+
+class ParserTest(Case):
+
+    HOST = b"Host: localhost\r\n"
+    GOOD = [b"%s HTTP/1.1\r\nHost: localhost\r\n%s\r\n" % pair for pair in (
+        (b"GET /", b""), (b"GET /health", b"Accept: */*\r\n"), (b"HEAD /", b"X:\r\n"),
+        (b"POST /v1/sessions", b"Content-Length: 0\r\n"), (b"PUT /a", b"Content-Length: 000\r\n"),
+        (b"DELETE /a/b?c=d&e=%20", b"X-Agent-Id:ada\r\n"), (b"GET /%2F%00", b"x-UP: Case\r\n"),
+        (b"BREW /pot", b"A:  b \t\r\n"), (b"GET /?", b"A: b\r\nA: c\r\n"),
+        (b"GET /?a?b", b"A: b\r\nA: b\r\n"), (b"GET /:@!$'()*+,;=", b"A: b: c\r\n"),
+        (b"GET /" + b"a" * 4000, b"B: " + b"b" * 4000 + b"\r\n"), (b"M-SEARCH /", b"A: \xe9\r\n"),
+        (b"POST /", b"Transfer-Encoding: chunked\r\n"), (b"POST /", b"Content-Length: 15\r\n"),
+        (b"POST /", b"Content-Length: 5\r\nContent-Length: 5\r\n"),
+        (b"GET /", b"".join(b"X-%d: y\r\n" % n for n in range(60))))
+    ] + [b"GET / HTTP/1.0\r\n\r\n", b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"]
+    BAD_LINES = (
+        b"", b"GET", b"GET /", b"POST /", b"GET  / HTTP/1.1", b"GET / HTTP/1.1 ",
+        b" GET / HTTP/1.1", b"GET / x HTTP/1.1", b"GET\t/\tHTTP/1.1", b"GET / HTTP/2.0",
+        b"GET / HTTP/1.2", b"GET / HTTP/0.9", b"GET / HTTP/1.1.1", b"GET / HTTP/x", b"GET / HTTP/1",
+        b"GET / http/1.1", b"GET / HTTP/ 1.1", b"GET / HTTP/+1.1", b"GET / FTP/1.1",
+        b"GET health HTTP/1.1", b"GET * HTTP/1.1", b"GET http://localhost/ HTTP/1.1",
+        b"GET /#x HTTP/1.1", b"GET /\xc3\xa9 HTTP/1.1", b"G(T / HTTP/1.1", b"G\xe9T / HTTP/1.1",
+        b"GET /\0 HTTP/1.1", b"GET /a\tb HTTP/1.1", b"GET / HTTP/1.1\r", b"\r\nGET / HTTP/1.1")
+    BAD_HEADERS = (
+        b"Host: evil", b"no colon", b": x", b"A : b", b" A: b", b"A: b\r\n folded",
+        b"A: b\r\n\tfolded", b"A: b\nB: c", b"A: b\rB: c", b"A: \0", b"A: \x7f", b"A\xe9: b",
+        b"(A): b",
+        b"Content-Length: 5\r\nContent-Length: 6", b"Content-Length: -1", b"Content-Length: +5",
+        b"Content-Length: 5, 5", b"Content-Length: 0x5", b"Content-Length: \xb2",
+        b"Content-Length:", b"Content-Length: 5 5", b"Content-Length: " + b"9" * 5000,
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked",
+        b"Transfer-Encoding: identity", b"Transfer-Encoding: chunked\r\nTransfer-Encoding: gzip",
+        b"X-Agent-Id: ada\r\nX-Agent-Id: bob", b"X-Session-Key: a\r\nx-session-key: b",
+        b"\r\n".join(b"X-%d: y" % n for n in range(200)))
+
+    def test_good_requests_are_read_as_the_standard_library_reads_them(self):
+        for raw in self.GOOD:
+            ours, stock = parsed(raw), Stock(raw)
+            self.assertTrue(ours and stock.accepted, raw)
+            target = ours.path + ("?" + ours.query if b"?" in raw else "")
+            self.assertEqual((ours.method, target), (stock.command, stock.path))
+            read = {}
+            for name, value in stock.headers.items():
+                read.setdefault(name.lower(), {})[value.strip(" \t")] = None
+            self.assertEqual(ours.headers, {name: ", ".join(found) for name, found in read.items()})
+
+    def test_bad_requests_are_refused(self):
+        bad = [line + b"\r\n" + self.HOST + b"\r\n" for line in self.BAD_LINES]
+        bad += [b"GET / HTTP/1.1\r\n" + self.HOST + lines + b"\r\n\r\n"
+                for lines in self.BAD_HEADERS]
+        bad += [b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost:\r\n\r\n",
+                b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n"]
+        self.assertEqual([raw[:80] for raw in bad if parsed(raw) is not None], [])
+
+    def test_whatever_the_standard_library_refuses_is_refused(self):
+        chance, refused = random.Random(1), 0
+        pieces = (b" ", b"\t", b"\r\n", b"\n", b"\r", b":", b"\0", b"HTTP/", b"1", b".", b"\xff",
+                  b"/", b"A: b\r\n" * 101)
+        for raw in self.GOOD * 30:
+            at = chance.randrange(min(len(raw), 60))
+            raw = raw[:at] + chance.choice(pieces) + raw[at + chance.randrange(3):]
+            if not Stock(raw).accepted:
+                refused += 1
+                self.assertIsNone(parsed(raw), raw[:200])
+        self.assertGreater(refused, 100)
+
+
+# ----------------------------------------------------------------------------------------
+# Hostile clients
+#
+# Whatever comes in over a socket gets a refusal in JSON or a closed connection; the next client is
+# served, and nothing is left behind: no thread, no connection, no line in the log.
+# ----------------------------------------------------------------------------------------
+
+class HostileTest(ServerCase):
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.threads = set(threading.enumerate())
+
+    def tearDown(self):
+        self.expect(self.s.call("GET", "/health"), 200)
+        until(lambda: not self.s.server.connections)
+        until(lambda: set(threading.enumerate()) <= self.threads)
+
+    def refused(self, statuses, *requests):
+        """Send bytes; the only answer is one of these refusals, or (None) nothing at all."""
+        for data in requests:
+            found = answers(self.s.raw(data, half_close=True))
+            self.assertLessEqual(len(found), 1, data[:100])
+            self.assertIn(found[0].status if found else None, statuses, data[:100])
+            if found:
+                self.assertLessEqual({"error", "message"}, set(found[0].json))
+                self.assertIn("x-request-id", found[0].headers)
+
+    def put(self, body, *lines):
+        """The bytes of a create, with an honest length unless `lines` say otherwise."""
+        lines = lines or ("Content-Length: %d" % len(body),)
+        return get("/v1/sessions", *lines).replace(b"GET", b"PUT", 1) + body
+
+    def test_what_is_not_http_is_refused(self):
+        self.refused({400, None}, bytes(range(256)) * 4, b"\r\n" * 1000,
+                     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64))
+        self.refused({400}, b"hello\r\n\r\n", b"hello\n\n")
+        self.refused({431}, b"GET /" + b"a" * 100000, get("/", "X: " + "a" * 100000),
+                     get("/", *["X: y"] * 10000), get("/", *["X: y"] * 70))
+
+    def test_bodies_that_lie_about_their_length_are_refused(self):
+        chunked = "Transfer-Encoding: chunked"
+        self.refused({400}, *(self.put(b"{}", *lines) for lines in (
+            ("Content-Length: 1", "Content-Length: 2"), ("Content-Length: 2", chunked),
+            ("Content-Length: -1",), ("Content-Length: 2e0",), ("Content-Length: " + "9" * 20,),
+            ("Transfer-Encoding: gzip",), ("Content-Length: 2", "Expect: tea"))))
+        self.refused({400}, *(self.put(body, chunked) for body in (
+            b"-1\r\n", b"+2\r\n", b"0x2\r\n{}\r\n0\r\n\r\n", b"\r\n", b" \r\n", b"2\r\n{}xx",
+            b"2 2\r\n{}\r\n0\r\n\r\n", b"1" * 2000, b"2\r\n{}\r\n0\r\n" + b"x" * 2000,
+            b"fffffffff\r\n")))
+        self.refused({413}, self.put(b"{}", "Content-Length: 999999999999"),
+                     self.put(b"ffffffff\r\n", chunked))
+        self.refused({431}, self.put(b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * 70, chunked))
+        self.refused({400, None}, self.put(b"{}", "Content-Length: 9"),
+                     self.put(b"2\r\n{}\n", chunked), self.put(b"5\r\n{", chunked))
+
+    def test_json_that_cannot_be_kept_is_refused(self):
+        for body in (
+                b"[" * 100000, b'{"a":' * 100000, b"[" * 100000 + b"]" * 100000, b'{"ttl": NaN}',
+                b'{"ttl": Infinity}', b'{"ttl": -Infinity}', b'{"ttl": 1e999}', b'{"ttl": 01}',
+                b'{"ttl": %s}' % (b"9" * 500), b'{"ttl": %s}' % (b"9" * 10000),
+                b'{"greeting": "\\ud800"}', b'{"\\ud800": 1}',
+                b'{"greeting": "\\udc00\\ud800"}', b'{"greeting": "\xff"}', b'{"greeting": "\0"}',
+                b'{"greeting": "\xed\xa0\x80"}', b"\xef\xbb\xbf{}", b"{'ttl': 1}", b"{}{}", b"\0"):
+            self.expect(self.s.call("PUT", "/v1/sessions", body), 400, "invalid_body")
+        sid, _ = self.s.session()
+        for depth, status in ((99, 201), (100, 400)):
+            body = b'{"json": %s%s}' % (b"[" * depth, b"]" * depth)
+            self.assertEqual(self.s.call("POST", "/v1/sessions/%s/messages" % sid, body,
+                                         "ada").status, status)
+        self.expect(self.s.send(sid, "ada", "[" * 1000 + '"\\' + "{" * 1000), 201)
+
+    def test_odd_paths_lead_nowhere(self):
+        guarded = self.server(token="secret")
+        for path in ("/API/messages", "//v1/sessions", "/v1//sessions", "/v1/%2e%2e/v1/stats",
+                     "/v1/../v1/stats", "/%76%31/stats", "/v1/stats/", "/v1/stats%00", "/v1/a;x",
+                     "/v1%2fstats", "/V1/stats", "/v1/stats%20", "/./v1/stats"):
+            self.expect(guarded.call("GET", path), 404, "not_found")
+        guarded.stop()
+        self.refused({400}, *(get(target) for target in (
+            "http://localhost/health", "*", "localhost:80", "/health#x")))
+        for path in ("/v1/sessions/a%2fb", "/v1/sessions/%2e%2e", "/v1/sessions/%00", "/p/%2f%2e"):
+            self.assertEqual(self.s.call("GET", path).status, 404, path)
+        for path in ("/v1/sessions/%ff", "/v1/pair/%c3%28/status", "/p/%ed%a0%80"):
+            self.expect(self.s.call("GET", path), 400, "invalid_request")
+
+        sid, _ = self.s.session()
+        for query in ("?after=%ff", "?after=1.5", "?limit=1001", "?wait=1e1", "?after=",
+                      "?after=" + "9" * 30, "?after=4294967296", "?limit=%D9%A1"):
+            self.expect(self.s.poll(sid, "ada", query), 400, "invalid_request")
+
+    def test_dribbling_is_served_in_time_and_cut_off_after_it(self):
+        with socket.create_connection(("127.0.0.1", self.s.port), 10) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for byte in b"GET /health HTTP/1.0\r\n\r\n":
+                sock.sendall(bytes([byte]))
+            self.assertTrue(sock.recv(999).startswith(b"HTTP/1.1 200 "))
+        with patched(nexus, "HEAD_SECONDS", 0.05), patched(nexus, "BODY_SECONDS", 0.05):
+            socks = [socket.create_connection(("127.0.0.1", self.s.port), 10) for _ in range(2)]
+            for sock, data in zip(socks, (b"GET /", self.put(b"", "Content-Length: 9"))):
+                sock.sendall(data)
+            time.sleep(0.1)
+            for sock in socks:
+                sock.sendall(b"x")
+                self.assertEqual(sock.recv(999), b"")
+                sock.close()
+
+    def test_clients_that_vanish_are_forgotten(self):
+        sid, _ = self.s.session()
+        self.s.send(sid, "ada", "x" * 500000)
+        for data in (b"", b"GET", get("/health") * 50, self.put(b"", "Content-Length: 9"),
+                     get("/v1/sessions/%s/messages" % sid, "X-Agent-Id: ada") * 9):
+            with socket.create_connection(("127.0.0.1", self.s.port)) as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                sock.sendall(data)          # closing now is a reset
+
+
+# ----------------------------------------------------------------------------------------
+# Who may do what
+#
+# Names of this machine only, pages of this server only, tokens where the server has some, keys
+# where agents have some; strangers are counted.
+# ----------------------------------------------------------------------------------------
+
+class AccessTest(Case):
+
+    def health(self, server, **headers):
+        """The status of a look at /health with these headers."""
+        return server.call("GET", "/health", headers={
+            name.replace("_", "-"): value for name, value in headers.items()}).status
+
+    def fails(self, code, function, *args, **named):
+        """The message of the NexusError with this code that the call raises."""
+        with self.assertRaises(nexus.NexusError) as caught:
+            function(*args, **named)
+        self.assertEqual(caught.exception.code, code)
+        return caught.exception.message
+
+    def test_only_names_of_this_machine_are_answered(self):
+        server = self.server(base_url="https://nexus.example:8443/sub")
+        for host in ("localhost", "LOCALHOST:80", "127.0.0.1", "192.0.2.7:3456", "[::1]:80",
+                     "[fe80::1]", "nexus.example", "nexus.example:1", socket.gethostname()):
+            self.assertEqual(self.health(server, Host=host), 200, host)
+        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "[::1",
+                     "a@localhost", "localhost:x", "nexus.example.evil", "127.0.0.1:80:80",
+                     "x[::1]"):
+            self.assertEqual(self.health(server, Host=host), 403, host)
+
+    def test_only_pages_of_this_server_may_ask(self):
+        server = self.server(base_url="https://nexus.example")
+        for origin in ("http://localhost:80", "https://nexus.example"):
+            self.assertEqual(self.health(server, Host="localhost:80", Origin=origin), 200, origin)
+        for origin in ("null", "http://localhost", "http://localhost:81", "http://evil.example",
+                       "https://nexus.example.evil", "file://"):
+            self.assertEqual(self.health(server, Host="localhost:80", Origin=origin), 403, origin)
+        found = server.call("OPTIONS", "/v1/sessions", headers={"Origin": "http://evil.example"})
+        self.assertFalse([name for name in found.headers if name.startswith("access-control")])
+
+    def test_call_by_call_who_may_do_what(self):
+        server, token = self.server(token="s3cret"), {"Authorization": "Bearer s3cret"}
+        found = server.call("PUT", "/v1/sessions", {"creatorAgentId": "ada"}, headers=token).json
+        sid, ada = found["sessionId"], found["sessionKey"]
+        bob = server.call("POST", "/v1/sessions/%s/join" % sid, agent="bob").json["sessionKey"]
+        actors = ((UNKNOWN, "eve", None, {}), (sid, "eve", None, {}), (sid, "bob", None, {}),
+                  (sid, "bob", bob, {}), (sid, "ada", ada, {}), (UNKNOWN, "eve", None, token))
+        holders = (401, 401, 401, 401, 401)
+        for method, path, body, expected in (
+                # a stranger, who has the id, a member, the same with key, the creator, a token
+                ("PUT", "/v1/sessions", {}, holders + (201,)),
+                ("GET", "/v1/stats", None, holders + (200,)),
+                ("GET", "/metrics", None, holders + (200,)),
+                ("GET", "/api/messages/inbox/x", None, holders + (200,)),
+                ("POST", "/api/messages", {"channel": "x", "content": "y"}, holders + (201,)),
+                ("GET", "/health", None, (200,) * 6), ("GET", "/", None, (200,) * 6),
+                ("GET", "/v1/sessions/{}", None, (404, 200, 200, 200, 200, 404)),
+                ("PUT", "/v1/pair", "the id", (404, 201, 201, 201, 201, 404)),
+                ("POST", "/v1/sessions/{}/renew", {}, (404, 403, 200, 200, 200, 404)),
+                ("POST", "/v1/sessions/{}/messages", {"text": "x"},
+                 (404, 403, 201, 201, 201, 404)),
+                ("GET", "/v1/sessions/{}/messages", None, (404, 403, 200, 200, 200, 404)),
+                ("DELETE", "/v1/sessions/{}/agents/ada", None, (401, 401, 401, 403, 403, 401)),
+                ("DELETE", "/v1/sessions/{}/agents/bob", None, (401, 401, 401, 200, 404, 401)),
+                ("POST", "/v1/sessions/{}/join", None, (404, 200, 200, 409, 200, 404))):
+            seen = tuple(server.call(method, path.format(sid), {"sessionId": sid}
+                                     if body == "the id" else body, agent, key, headers).status
+                         for sid, agent, key, headers in actors)
+            self.assertEqual(seen, expected, (method, path))
+
+    def test_a_token_comes_as_bearer_or_api_key_and_must_be_right(self):
+        server = self.server(token="s3cret")
+        for name, value, status in (
+                ("Authorization", "Bearer s3cret", 200), ("authorization", "bearer  s3cret", 200),
+                ("X-Api-Key", "s3cret", 200), ("X", "s3cret", 401), ("X-Api-Key", "é", 401),
+                ("Authorization", "Bearer", 401), ("Authorization", "Bearer s3cre", 401),
+                ("X-Api-Key", "S3cret", 401), ("Authorization", "Basic s3cret", 401)):
+            self.expect(server.call("GET", "/v1/stats", headers={name: value}), status,
+                        None if status == 200 else "unauthorized")
+
+    def test_tokens_from_a_file_can_be_added_and_withdrawn(self):
+        path = os.path.join(self.folder(), "tokens")
+        self.assertIn(path, self.fails("refused_to_start", Server, token_file=path))
+        server = None
+        for text, accepted in (("one\n# two\n\n", ["one", "fixed"]), ("two\n", ["two", "fixed"]),
+                               ("one\n  two \n", ["one", "two", "fixed"]), (None, ["fixed"])):
+            if text is None:
+                os.unlink(path)
+            else:
+                with open(path, "w", encoding="utf-8") as file:
+                    file.write(text)
+            server = server or self.server(token_file=path, token="fixed")
+            found = [token for token in ("one", "two", "# two", "fixed") if server.call(
+                "GET", "/v1/stats", headers={"X-Api-Key": token}).status == 200]
+            self.assertEqual(found, accepted)
+
+    def test_a_limit_that_was_set_holds_for_everyone_else_loopback_is_spared(self):
+        server = self.server(rate_limit=3)
+        found = [self.health(server, X_Forwarded_For="203.0.113.%d" % n) for n in range(4)]
+        self.assertEqual(found, [200, 200, 200, 429])       # nobody said --trust-proxy
+        answer = server.call("GET", "/nowhere")
+        self.expect(answer, 429, "rate_limit_exceeded")
+        self.assertTrue(1 <= int(answer.headers["retry-after"]) <= 60)
+        server.clock.advance(60)
+        self.assertEqual(self.health(server), 200)
+        server = self.server(trust_proxy=True)
+        self.assertEqual((server.app.rate.limit, server.app.rate.seconds), (100, 60))
+        server.app.rate.limit = 2
+        self.assertEqual({self.health(server) for _ in range(5)}, {200})
+        found = [self.health(server, X_Forwarded_For=address) for address in (
+            "203.0.113.1", "6.6.6.6, 203.0.113.1", "7.7.7.7, 203.0.113.1", "203.0.113.2")]
+        self.assertEqual(found, [200, 200, 429, 200])
+
+    def test_an_open_door_to_the_network_must_be_meant(self):
+        for host in ("0.0.0.0", "::", "192.0.2.1", ""):
+            self.assertIn("token", self.fails("refused_to_start", Server, host=host))
+        for settings in ({"token": "x"}, {"insecure": True}):
+            self.assertEqual(self.health(self.server(host="0.0.0.0", **settings)), 200)
+
+    def test_a_taken_port_and_a_bad_certificate_are_one_sentence(self):
+        port = self.server().port
+        self.assertIn("port %d" % port, self.fails("refused_to_start", Server, port=port))
+        self.assertIn(__file__, self.fails("refused_to_start", Server, tls_cert=__file__))
+
+    def test_keys_do_not_travel_in_clear_text_to_other_machines(self):
+        def exchange(*_):
+            raise nexus.NexusError("reached")
+        with patched(nexus, "exchange", exchange):
+            for url, insecure, code in (
+                    ("http://nexus.example", False, "insecure_transport"),
+                    ("http://192.0.2.1:80", False, "insecure_transport"),
+                    ("http://localhost.evil.example", False, "insecure_transport"),
+                    ("http://127.0.0.1.evil.example", False, "insecure_transport"),
+                    ("http://nexus.example", True, "reached"), ("http://[::1]", False, "reached"),
+                    ("https://nexus.example", False, "reached"),
+                    ("http://127.0.0.1:1", False, "reached")):
+                self.fails(code, nexus.Client(url, token="t", insecure=insecure).stats)
+                self.fails(code, nexus.Client(url, insecure=insecure).send, UNKNOWN, "ada", "x",
+                           session_key="k")
+
+    def test_over_tls_a_client_trusts_its_authority_or_its_pin_and_nobody_else(self):
+        if not shutil.which("openssl"):
+            self.skipTest("openssl is not here")
+        cert, key = (os.path.join(self.folder(), name) for name in ("cert.pem", "key.pem"))
+        subprocess.run(("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+                        " -days 2 -subj /CN=nexus -addext subjectAltName=IP:127.0.0.1").split()
+                       + ["-keyout", key, "-out", cert], check=True, stderr=subprocess.PIPE)
+        server = self.server(tls_cert=cert, tls_key=key)
+        with open(cert, encoding="ascii") as file:
+            pin = hashlib.sha256(nexus.ssl.PEM_cert_to_DER_cert(file.read())).hexdigest()
+        colons = re.sub("(..)(?=.)", r"\1:", pin.upper())
+        for options in ({"ca": cert}, {"pin": pin}, {"pin": colons}):
+            client = server.client(**options)
+            self.assertEqual(client.health()["status"], "healthy")
+        for options, code in (({}, "unreachable"), ({"pin": "0" * 64}, "wrong_certificate")):
+            self.fails(code, server.client(sleep=lambda _: None, **options).health)
+        self.assertNotIn(b" 200 ", server.raw(get("/health")))
+        made = client.create(creator_agent_id="ada")
+        waiting = Aside(client.poll, made["sessionId"], "ada", wait=60)
+        until(lambda: server.store.waiters.parked)
+        client.send(made["sessionId"], "ada", "x", session_key=made["sessionKey"])
+        self.assertEqual(waiting.result()["messages"][0]["text"], "x")
+        self.assertTrue(client.pair(made["sessionId"])["url"].startswith(server.url + "/p/"))
+
+
+# ----------------------------------------------------------------------------------------
+# The store
+#
+# What was answered is on disk, what was refused left nothing, what is over is gone from the disk
+# too; a file that is not ours is refused as it is.
+# ----------------------------------------------------------------------------------------
+
+class CommitTest(Case):
+
+    def setUp(self):
+        self.db = nexus.Database(":memory:")
+        self.addCleanup(self.db.close)
+        self.db.write(lambda db: db.execute("CREATE TABLE t (n INTEGER UNIQUE)"))
+
+    def insert(self, number, then=None):
+        """A job that inserts a number and then perhaps raises."""
+        def job(db):
+            db.execute("INSERT INTO t VALUES (?)", (number,))
+            if then:
+                raise then
+            return number
+        return job
+
+    def together(self, *jobs):
+        """What becomes of jobs that all wait for the same commit."""
+        calls, queue, running = [], self.db._queue, threading.Event()
+
+        def hold(_):
+            running.set()
+            until(lambda: len(queue) == len(jobs))
+        leader = Aside(self.db.write, hold)
+        running.wait(10)
+        for job in jobs:
+            calls.append(Aside(self.db.write, job))
+            until(lambda: len(queue) >= len(calls) or len(calls) == len(jobs))
+        leader.result()
+        return [call.result() for call in calls]
+
+    def numbers(self):
+        return [number for number, in self.db.read("SELECT n FROM t ORDER BY n")]
+
+    def test_writes_that_wait_together_share_a_commit(self):
+        before = self.db.commits
+        self.assertEqual(self.together(*map(self.insert, range(10))), list(range(10)))
+        self.assertEqual((self.db.commits - before, self.numbers()), (2, list(range(10))))
+        with patched(nexus, "MAX_BATCH", 4):
+            self.assertEqual(self.together(*map(self.insert, range(10, 20))), list(range(10, 20)))
+
+    def test_an_error_in_one_write_fails_that_write_alone(self):
+        def refuse(_):
+            raise nexus.NexusError("forbidden")
+        found = self.together(self.insert(1), refuse, self.insert(2, ZeroDivisionError()),
+                              self.insert(3), self.insert(1), self.insert(4))
+        self.assertEqual([type(each).__name__ for each in found],
+                         ["int", "NexusError", "ZeroDivisionError", "int", "IntegrityError", "int"])
+        self.assertEqual(self.numbers(), [1, 3, 4])
+
+    def test_a_write_refused_after_it_changed_something_is_taken_back(self):
+        refusal = nexus.NexusError("forbidden")
+        found = self.together(self.insert(1), self.insert(2, refusal), self.insert(3))
+        self.assertEqual((found, self.numbers()), ([1, refusal, 3], [1, 3]))
+        self.assertRaises(nexus.NexusError, self.db.write, self.insert(5, refusal))
+        self.assertEqual((self.numbers(), self.db.write(self.insert(6))), ([1, 3], 6))
+
+
+class FileTest(Case):
+
+    def setUp(self):
+        self.home = self.folder()
+        self.path = os.path.join(self.home, "nexus.db")
+
+    def files(self):
+        """The bytes of every file in the folder, by name."""
+        found = {}
+        for name in os.listdir(self.home):
+            with open(os.path.join(self.home, name), "rb") as file:
+                found[name] = file.read()
+        return found
+
+    def refusal(self, path=None):
+        """The sentence with which a file is refused; everything stays as it is."""
+        before = self.files()
+        with self.assertRaises(nexus.NexusError) as caught:
+            Server(db=path or self.path)
+        self.assertEqual(caught.exception.code, "storage_unavailable")
+        self.assertTrue(self.files() == before, "the files were changed")
+        return caught.exception.message
+
+    def sql(self, script):
+        connection = sqlite3.connect(self.path)
+        connection.executescript(script)
+        connection.close()
+
+    def test_a_second_server_on_the_file_is_refused_and_told_who_has_it(self):
+        server = self.server(db=self.path)
+        self.assertIn("process %d" % os.getpid(), self.refusal())
+        self.expect(server.call("PUT", "/v1/sessions"), 201)
+        server.stop()
+        self.expect(self.server(db=self.path).call("GET", "/health"), 200)
+
+    def test_a_file_that_is_not_ours_is_refused_as_it_is(self):
+        self.sql("CREATE TABLE customers (name)")
+        self.assertRegex(self.refusal(), "another program.*Nothing was changed")
+        self.sql("PRAGMA user_version=99; PRAGMA application_id=%d" % nexus.APPLICATION_ID)
+        self.assertIn("newer nexus", self.refusal())
+        with open(self.path, "wb") as file:
+            file.write(b"Dear diary, " * 1000)
+        self.assertRegex(self.refusal(), "not a database.*Nothing was changed")
+        for path in (self.home, os.path.join(self.home, "no", "folder.db")):
+            self.assertIn("--db", self.refusal(path))
+
+    def test_a_damaged_database_is_refused_as_it_is(self):
+        server = self.server(db=self.path)
+        server.send(server.session()[0], "ada", "x" * 50000)
+        server.stop()
+        with open(self.path, "r+b") as file:
+            file.seek(4096)
+            file.write(b"\xa5" * (os.path.getsize(self.path) - 8192))
+        self.assertRegex(self.refusal(), "damaged.*Nothing was changed")
+
+    def test_an_older_schema_is_brought_up_to_date(self):
+        self.sql(nexus.SCHEMA[0] + "PRAGMA user_version=1; PRAGMA application_id=%d;" % (
+            nexus.APPLICATION_ID) + "INSERT INTO sessions (id, ttl, max_agents, created_at,"
+            " expires_at, last_cursor) VALUES ('%s', 100, 5, 1, 1800000000000, 1);"
+            "INSERT INTO agents VALUES (1, 'ada', x'00', 1, 1);"
+            "INSERT INTO session_messages (place, id, agent_id, text, verified, created_at,"
+            " expires_at) VALUES (4294967297, 'm', 'ada', 'here', 0, 1, 1800000000000)" % UNKNOWN)
+        server = self.server(db=self.path)
+        self.assertEqual(texts(server.poll(UNKNOWN, "ada")), ["here"])
+        self.expect(server.call("POST", "/api/messages/inbox/x/lease", {"consumer": "me"}), 200)
+        self.assertEqual(server.store.db.read("PRAGMA user_version"), [(len(nexus.SCHEMA),)])
+
+    @unittest.skipIf(os.name == "nt", "Windows has no modes")
+    def test_files_are_for_their_owner_alone_under_any_umask(self):
+        self.addCleanup(os.umask, os.umask(0))
+        server = self.server(db=self.path)
+        server.poll(server.session()[0], "ada")
+        modes = {name: os.stat(os.path.join(self.home, name)).st_mode & 0o777
+                 for name in os.listdir(self.home)}
+        self.assertGreaterEqual(set(modes), {"nexus.db", "nexus.db-wal", "nexus.db-shm"})
+        self.assertEqual(set(modes.values()), {0o600}, modes)
+
+    def test_a_full_disk_is_said_loses_nothing_and_is_recovered_from(self):
+        server = self.server(db=self.path)
+        (sid, _), db, sent = server.session(), server.store.db, []
+
+        def send():
+            return server.send(sid, "ada", "x" * 3000)
+
+        def limit(more):
+            with db._writer_lock:
+                pages, = db._writer.execute("PRAGMA page_count").fetchone()
+                db._writer.execute("PRAGMA max_page_count=%d" % (pages + more))
+        limit(5)
+        answer = send()
+        while answer.status == 201 and len(sent) < 20:
+            sent.append(answer.json["id"])
+            answer = send()
+        self.expect(answer, 503, "storage_unavailable")
+        self.assertGreater(int(answer.headers["retry-after"]), 0)
+        found = server.poll(sid, "ada").json["messages"]
+        self.assertEqual([each["id"] for each in found], sent)
+        server.sweep()
+        limit(1000)
+        sent.append(self.expect(send(), 201)["id"])
+        found = server.poll(sid, "ada").json["messages"]
+        self.assertEqual([(each["id"], int(each["cursor"])) for each in found],
+                         [(message_id, n + 1) for n, message_id in enumerate(sent)])
+
+    def test_deleted_means_gone_from_file_and_log(self):
+        server = self.server(db=self.path)
+        sid, keys = server.session(("ada-of-old", "bob-of-old"), ttl=10, greeting="old greeting")
+        key = keys["ada-of-old"]
+        code = server.call("PUT", "/v1/pair", {"sessionId": sid}).json["code"]
+        for number in range(30):
+            server.send(sid, "ada-of-old", "old words %d" % number, key)
+        secrets = [code.encode(), key.encode(), bytes.fromhex(key)]
+        traces = [text.encode() for text in ("old words", "ada-of-old", "bob-of-old",
+                                             "old greeting", sid)]
+        pragmas = ("journal_mode", "synchronous", "secure_delete")
+        self.assertEqual([server.store.db._writer.execute("PRAGMA " + name).fetchone()[0]
+                          for name in pragmas], ["wal", 2, 1])
+        everything = b"".join(self.files().values())
+        self.assertEqual([each in everything for each in secrets + traces],
+                         [False] * 3 + [True] * 5)
+        for seconds in (10, nexus.SCRUB_SECONDS):
+            server.clock.advance(seconds)
+            server.sweep()
+        everything = b"".join(self.files().values())
+        self.assertEqual([each for each in traces if each in everything], [])
+
+
+# ----------------------------------------------------------------------------------------
+# Tools for channels
+#
+# Waiting is tested with threads and bells, not with sleeps: a call starts in a thread, the test
+# sees it parked, does what should (or should not) wake it, and looks at what it brought back.
+# ----------------------------------------------------------------------------------------
+
+FIELDS = ["id", "channel", "sender", "content", "status", "correlationId", "taskId", "metadata",
+          "createdAt", "ackedAt", "expiresAt"]
+LEASE_FIELDS = ["attempts", "leaseToken", "leasedBy", "leaseExpiresAt"]
+SECRET = "ghp_" + "a1B2" * 9                # put together here: no scanner takes it for a leak
+
+
+class Started:
+    """A call in a thread of its own; result() is what it returned, or raises what it raised."""
+
+    def __init__(self, function, *args, **values):
+        self._call, self._outcome = (function, args, values), []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        function, args, values = self._call
+        try:
+            self._outcome[:] = function(*args, **values), None
+        except BaseException as trouble:
+            self._outcome[:] = None, trouble
+
+    def done(self):
+        """Has it returned?"""
+        return not self._thread.is_alive()
+
+    def result(self, timeout=10):
+        """What it returned, within `timeout` seconds."""
+        self._thread.join(timeout)
+        if not self._outcome:
+            raise AssertionError("still waiting after %s seconds" % timeout)
+        if self._outcome[1]:
+            raise self._outcome[1]
+        return self._outcome[0]
+
+
+def eventually(condition, seconds=5):
+    """Whether condition() comes true within so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.002)
+    return condition()
+
+
+def day_time(text):
+    """Milliseconds since midnight of a time on the wire."""
+    hours, minutes, seconds = text[11:-1].split(":")
+    return (int(hours) * 60 + int(minutes)) * 60000 + int(seconds.replace(".", ""))
+
+
+class ChannelCase(ServerCase):
+    """Door 2 on one server; every test has a channel of its own, self.channel."""
+
+    def setUp(self):
+        self.channel = self._testMethodName
+
+    def at(self, action="", channel=None):
+        """The path of a channel."""
+        return "/api/messages/inbox/" + nexus.percent(channel or self.channel) + action
+
+    def post(self, content="hello", key=None, **values):
+        """Send; returns the Answer."""
+        body = dict({"channel": self.channel, "content": content}, **values)
+        return self.s.call("POST", "/api/messages", body,
+                           headers={"Idempotency-Key": key} if key else None)
+
+    def put(self, content="hello", **values):
+        """Send, successfully; returns the message."""
+        return self.expect(self.post(content, **values), 201)
+
+    def read(self, query="", channel=None, action=""):
+        """The messages of an inbox; its frame is checked."""
+        found = self.expect(self.s.call("GET", self.at(action, channel) + query), 200)
+        self.assertEqual(found, {"messages": found["messages"], "count": len(found["messages"]),
+                                 "channel": channel or self.channel})
+        return found["messages"]
+
+    def ids(self, query="", **values):
+        """The ids in an inbox."""
+        return [message["id"] for message in self.read(query, **values)]
+
+    def act(self, message, action, **body):
+        """POST /api/messages/ID/ACTION: an Answer."""
+        found = message["id"] if isinstance(message, dict) else message
+        return self.s.call("POST", "/api/messages/%s/%s" % (found, action), body)
+
+    def acted(self, message, action, **body):
+        """The same, successfully; returns the message."""
+        found = self.expect(self.act(message, action, **body), 200)
+        self.assertEqual(list(found), ["message"])
+        return found["message"]
+
+    def count(self, channel=None):
+        """How many messages are pending."""
+        found = self.expect(self.s.call("GET", self.at("/count", channel)), 200)
+        self.assertEqual(found, {"channel": channel or self.channel, "count": found["count"]})
+        return found["count"]
+
+    def ack_all(self, channel=None):
+        """Acknowledge all; returns how many."""
+        found = self.expect(self.s.call("POST", self.at("/ack", channel)), 200)
+        self.assertEqual(list(found), ["channel", "ackedCount"])
+        return found["ackedCount"]
+
+    def lease(self, consumer="w", **values):
+        """Lease; returns the list of messages."""
+        answer = self.s.call("POST", self.at("/lease"), dict(values, consumer=consumer))
+        found = self.expect(answer, 200)
+        self.assertEqual((found["channel"], found["count"]), (self.channel, len(found["messages"])))
+        return found["messages"]
+
+    def parked(self, function, *args, **values):
+        """Start a call that waits; returns it, a Started, once the server has parked it."""
+        before = self.s.store.waiters.parked
+        call = Started(function, *args, **values)
+        self.assertTrue(eventually(lambda: self.s.store.waiters.parked > before or call.done()))
+        self.assertFalse(call.done(), "it did not wait")
+        return call
+
+    def faults(self, answer):
+        """The fields that a 400 complains about."""
+        found = self.expect(answer, 400, "invalid_request")
+        self.assertEqual(found["_tag"], "HttpApiDecodeError")
+        return {row["field"] for row in found["details"]}
+
+
+# ----------------------------------------------------------------------------------------
+# Channels over REST
+#
+# The wire is the seed's, to the letter: eleven fields, pure reads, acks that succeed once. Every
+# string that can be percent-encoded is a channel, and none of them leads into a session.
+# ----------------------------------------------------------------------------------------
+
+class ChannelSend(ChannelCase):
+    """POST /api/messages"""
+
+    def test_a_message_has_exactly_the_eleven_fields_and_their_defaults(self):
+        message = self.put("hi")
+        self.assertEqual(list(message), FIELDS)
+        self.assertIs(type(message["id"]), int)
+        self.assertRegex(message["createdAt"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
+        self.assertEqual([message[name] for name in FIELDS[1:]], [
+            self.channel, "api", "hi", "pending", None, None, {}, message["createdAt"], None, None])
+        given = {"sender": "planner", "taskId": "t", "correlationId": "r", "metadata": {"a": 1}}
+        full = self.put("x", ttlSeconds=3600, status="acked", id=99, unknown=None, **given)
+        self.assertEqual(dict(full, **given), full)
+        self.assertEqual((list(full), full["status"]), (FIELDS, "pending"))
+        life = day_time(full["expiresAt"]) - day_time(full["createdAt"])
+        self.assertEqual(life % 86400000, 3600000)
+        self.assertEqual(self.read(), [message, full])
+
+    def test_content_metadata_and_task_make_the_round_trip_unchanged(self):
+        metadata = {"ключ 🦊": [1, 2.5, -0.001, 10 ** 30, 1e300, True, None, {"": [[]]}],
+                    "nested": {"a": {"b": {"c": ["\u2028", "\x00", "\\", '"']}}}}
+        content = "line\r\n\ttab \x00 🦊 \u2028"
+        for task in ("", " ", "not a task", "ü" * 5000):
+            message = self.put(content, metadata=metadata, taskId=task)
+            self.assertEqual((message["metadata"], message["taskId"], message["content"]),
+                             (metadata, task, content))
+            self.assertEqual(self.read("?afterId=%d" % (message["id"] - 1)), [message])
+
+    def test_content_is_as_large_as_the_body_limit_allows(self):
+        frame = json.dumps({"channel": self.channel, "content": ""}).encode()
+        content = "x" * (self.s.settings.max_body - len(frame))
+        self.assertEqual(self.put(content)["content"], content)
+        self.assertIn("_tag", self.expect(self.post(content + "x"), 413, "payload_too_large"))
+
+    def test_all_faults_of_a_body_are_listed_at_once_and_null_is_not_absent(self):
+        wrong = {"channel": 1, "content": [], "sender": {}, "taskId": 3, "ttlSeconds": "60",
+                 "correlationId": True, "metadata": "{}"}
+        for body in (wrong, dict.fromkeys(wrong)):
+            self.assertEqual(self.faults(self.s.call("POST", "/api/messages", body)), set(wrong))
+        self.assertEqual(self.faults(self.s.call("POST", "/api/messages", {})),
+                         {"channel", "content"})
+        for name, value in (("ttlSeconds", 0), ("ttlSeconds", -1), ("ttlSeconds", 1.5),
+                            ("ttlSeconds", True), ("channel", ""), ("channel", "x" * 257),
+                            ("content", ""), ("metadata", []), ("taskId", None)):
+            with self.subTest(name=name, value=value):
+                self.assertEqual(self.faults(self.post(**{name: value})), {name})
+        self.assertEqual(self.count(), 0)
+
+    def test_json_needs_no_content_type_and_nothing_else_is_read(self):
+        body = json.dumps({"channel": self.channel, "content": "x"}).encode()
+        for headers in ({}, {"Content-Type": "application/json; charset=utf-8"}):
+            self.expect(self.s.call("POST", "/api/messages", body, headers=headers), 201)
+        self.expect(self.s.call("POST", "/api/messages", b"channel=a&content=b", headers={
+            "Content-Type": "application/x-www-form-urlencoded"}), 415, "unsupported_media_type")
+        for body in (b"{", b"[]", b'"x"', b"1", b"\xff", b'{"channel":"a","content":NaN}',
+                     b'{"channel":"a","content":"\\ud800"}', b"[" * 100000):
+            with self.subTest(body=body[:40]):
+                answer = self.s.call("POST", "/api/messages", body)
+                self.assertEqual(self.expect(answer, 400, "invalid_body")["_tag"],
+                                 "HttpApiDecodeError")
+        self.assertEqual(self.count(), 2)
+
+    def test_secrets_are_blacked_out_of_content_and_metadata_and_the_types_are_told(self):
+        password = "hunter" + "2xyz"
+        message = self.put("see %s." % SECRET, metadata={
+            "deep": [{"k": "password = '%s'" % password}], SECRET: 1})
+        self.assertEqual(list(message), FIELDS + ["redacted"])
+        self.assertEqual(message["content"], "see [REDACTED:github-token].")
+        self.assertEqual(set(message["redacted"]), {"github-token", "password"})
+        self.assertEqual(self.read(), [message])
+        self.assertNotRegex(json.dumps(message), SECRET + "|" + password)
+        self.assertEqual(self.acted(message, "ack")["redacted"], message["redacted"])
+
+
+class ChannelInbox(ChannelCase):
+    """GET /api/messages/inbox/:channel"""
+
+    def test_reading_changes_nothing_and_every_filter_holds(self):
+        ids = [self.put(str(n), sender="s%d" % (n % 2), correlationId="c%d" % (n // 3))["id"]
+               for n in range(6)]
+        self.acted(ids[0], "ack")
+        for query, wanted in (
+                ("", ids[1:]), ("?", ids[1:]), ("?afterId=%d" % ids[2], ids[3:]),
+                ("?afterId=-1", ids[1:]), ("?afterId=%d" % ids[5], []), ("?limit=2", ids[1:3]),
+                ("?limit=0", []), ("?sender=s1", ids[1::2]), ("?sender=S1", []),
+                ("?sender=&correlationId=", ids[1:]), ("?correlationId=c1", ids[3:]),
+                ("?sender=s0&correlationId=c0", [ids[2]]), ("?unknown=1", ids[1:]),
+                ("?includeAcked=true", ids), ("?includeAcked=true&sender=s0&limit=1", [ids[0]]),
+                ("?includeAcked=false", ids[1:]), ("?includeAcked=1", ids[1:]),
+                ("?includeAcked=", ids[1:])):
+            with self.subTest(query=query):
+                self.assertEqual(self.ids(query), wanted)
+        self.assertEqual(self.ids(), ids[1:], "reading consumed something")
+
+    def test_limits_are_50_by_default_and_1000_at_most_and_faults_are_all_listed(self):
+        body = json.dumps({"channel": self.channel, "content": "x"}).encode()
+        link = http.client.HTTPConnection("127.0.0.1", self.s.port)
+        self.addCleanup(link.close)
+        for _ in range(1001):
+            link.request("POST", "/api/messages", body)
+            self.assertEqual(link.getresponse().read()[:6], b'{"id":')
+        self.assertEqual([len(self.ids(query)) for query in (
+            "", "?limit=1000", "?limit=1001", "?limit=999999")], [50, 1000, 1000, 1000])
+        for query, fields in (("?limit=-1&afterId=x&wait=61", {"limit", "afterId", "wait"}),
+                              ("?limit=1.5", {"limit"}), ("?wait=-1", {"wait"}),
+                              ("?afterId=1e3", {"afterId"}), ("?sender=%ff", {"sender"})):
+            self.assertEqual(self.faults(self.s.call("GET", self.at() + query)), fields, query)
+
+    def test_any_string_of_1_to_256_characters_is_a_channel_of_its_own(self):
+        names = ["/", "a/b", "a/b/count", " ", "a b", "+", ":", "task:tx-abc123", "ключ-日本-🦊", "%",
+                 "%2F", "%25", "?", "#", "a?b#c&d=e;f", "ack", "count", "gc", "inbox", "lease",
+                 "dead", ".", "..", "../..", "\\", '"', "'", "\n", "\x00", "\x00b", "null", "0",
+                 "é", "e\u0301", "x" * 256, "🦊" * 256]
+        for name in names:
+            self.put("for " + name[:9], channel=name)
+        for name in names:
+            with self.subTest(name=name[:20]):
+                self.assertEqual([(m["channel"], m["content"]) for m in self.read(channel=name)],
+                                 [(name, "for " + name[:9])])
+                self.assertEqual((self.count(name), self.ack_all(name)), (1, 1))
+        by_hand = self.s.call("GET", "/api/messages/inbox/%e2%98%95%2f%23")     # not by our client
+        self.assertEqual(self.expect(by_hand, 200)["channel"], "☕/#")
+        for action in ("", "/count", "/dead"):
+            self.assertEqual(self.faults(self.s.call("GET", self.at(action, "x" * 257))),
+                             {"channel"})
+
+    def test_wait_returns_what_is_there_is_woken_by_a_send_and_else_ends_empty(self):
+        first = self.put()["id"]
+        self.assertEqual(self.ids("?wait=60"), [first])
+        call = self.parked(self.ids, "?wait=60&afterId=%d" % first)
+        began = time.monotonic()
+        second = self.put()["id"]
+        self.assertEqual(call.result(), [second])
+        self.assertLess(time.monotonic() - began, 1)
+        ends = [Started(self.ids, "?wait=1&sender=nobody"),
+                Started(self.s.client().messages.lease, "nobody's", "w", wait=1)]
+        self.assertEqual([call.result() for call in ends], [[], []])
+
+    def test_a_waiting_reader_gets_only_what_it_waits_for(self):
+        seen = self.put(sender="bob")
+        picky = self.parked(self.ids, "?wait=30&sender=ada&correlationId=c")
+        after = self.parked(self.ids, "?wait=30&afterId=%d" % seen["id"])
+        idle = self.parked(self.ids, "?wait=30&sender=nobody")
+        self.acted(seen, "ack")
+        self.put(sender="ada", correlationId="c", channel="elsewhere")
+        fresh = self.put(sender="bob", correlationId="c")["id"]
+        self.assertEqual(after.result(), [fresh])
+        self.put(sender="ada")
+        wanted = self.put(sender="ada", correlationId="c")["id"]
+        self.assertEqual(picky.result(), [wanted])
+        self.assertFalse(idle.done())
+        self.s.clock.advance(31)
+        self.put()                          # a bell that brings nothing, after the end
+        self.assertEqual(idle.result(), [])
+
+    def test_a_message_past_its_ttl_is_gone_for_every_call(self):
+        short, long = self.put(ttlSeconds=60), self.put(ttlSeconds=7200)
+        self.s.clock.advance(59)
+        self.assertEqual((self.ids(), self.count()), ([short["id"], long["id"]], 2))
+        self.s.clock.advance(2)
+        self.assertEqual((self.ids(), self.ids("?includeAcked=true"), self.count()),
+                         ([long["id"]], [long["id"]], 1))
+        self.assertEqual([m["id"] for m in self.lease(limit=9)], [long["id"]])
+        self.expect(self.act(short, "ack"), 404, "message_not_found")
+        self.assertEqual(self.ack_all(), 1)
+
+    def test_sessions_and_channels_never_see_each_other(self):
+        session, keys = self.s.session(("ada", "bob"), greeting="welcome")
+        sent = self.s.send(session, "ada", "private", keys["ada"]).json
+        poll = self.parked(self.s.poll, session, "bob", "?after=1&wait=30")
+        for name in (session, "session:" + session, "1", "sessions/" + session, "ada", sent["id"],
+                     "('session', 1)"):
+            self.put("for the channel", channel=name)
+            self.assertEqual([m["content"] for m in self.read("?includeAcked=true", name)],
+                             ["for the channel"])
+        self.assertEqual(self.faults(self.act(sent["id"], "ack")), {"id"})
+        self.assertFalse(poll.done())
+        self.s.send(session, "ada", "more", keys["ada"])
+        self.assertEqual([m["text"] for m in poll.result().json["messages"]], ["more"])
+
+    def test_a_cursor_loop_sees_every_message_once_and_in_order_while_16_write(self):
+        self.s = self.server(db=os.path.join(self.folder(), "n.db"))
+        writers = [Started(lambda who: [self.put("%d-%d" % (who, n)) for n in range(12)], who)
+                   for who in range(16)]
+        seen = []
+        while len(seen) < 16 * 12:
+            batch = self.read("?limit=7&wait=5&afterId=%d" % (seen[-1]["id"] if seen else 0))
+            self.assertTrue(batch, "a message was passed over")
+            seen += batch
+        sent = [writer.result() for writer in writers]
+        self.assertEqual(seen, sorted(sum(sent, []), key=lambda m: m["id"]))
+        for own in sent:                    # and each writer's own order holds
+            self.assertEqual(own, [m for m in seen if m in own])
+
+
+class ChannelAck(ChannelCase):
+    """Acks, counts, collection, identity."""
+
+    def test_an_ack_changes_status_and_time_and_nothing_else(self):
+        message = self.put(metadata={"a": 1}, taskId="t", correlationId="c")
+        self.s.clock.advance(1.5)
+        acked = self.acted(message, "ack")
+        self.assertEqual(acked, dict(message, status="acked", ackedAt=acked["ackedAt"]))
+        self.assertGreater(acked["ackedAt"], message["createdAt"])
+        self.assertEqual((self.read(), self.read("?includeAcked=true")), ([], [acked]))
+
+    def test_a_second_ack_a_missing_message_and_a_faulty_id_are_told_apart(self):
+        message = self.put()
+        self.acted(message, "ack")
+        for target, status, code, text, tag in (
+                (message["id"], 400, "already_acked", "Message already acked", "BadRequest"),
+                (99999999, 404, "not_found", "Message not found", "NotFound")):
+            found = self.expect(self.act(target, "ack"), status, "message_" + code)
+            self.assertEqual((found["message"], found["_tag"]), ("%s: %d" % (text, target), tag))
+        for odd in ("x", "1.5", "-1", "%20", "9" * 30, str(2 ** 63)):
+            self.assertEqual(self.faults(self.act(odd, "ack")), {"id"}, odd)
+
+    def test_of_ten_concurrent_acks_exactly_one_wins(self):
+        for _ in range(5):
+            message = self.put()
+            calls = [Started(self.act, message, "ack") for _ in range(10)]
+            self.assertEqual(sorted(call.result().status for call in calls), [200] + [400] * 9)
+
+    def test_empty_bodies_are_fine_with_a_content_type_and_without(self):
+        for headers in ({}, {"Content-Type": "application/json"}, {"Content-Length": "0"}):
+            message = self.put()
+            for method, path in (("GET", self.at()), ("GET", self.at("/count")),
+                                 ("POST", "/api/messages/%d/ack" % message["id"]),
+                                 ("POST", self.at("/ack")), ("POST", "/api/messages/gc")):
+                self.expect(self.s.call(method, path, headers=headers), 200)
+
+    def test_ack_all_and_count_mean_the_pending_messages_of_one_channel(self):
+        ids = [self.put()["id"] for _ in range(300)]        # more than one step of the store
+        other = self.put(channel="other")
+        self.acted(ids[0], "ack")
+        self.assertEqual((self.count(), self.count("other"), self.count("unused")), (299, 1, 0))
+        self.assertEqual((self.ack_all(), self.ack_all()), (299, 0))
+        self.assertEqual((self.count(), self.ids(channel="other")), (0, [other["id"]]))
+
+    def test_gc_removes_what_expired_and_what_was_acked_long_enough_ago(self):
+        self.s = self.server()
+
+        def gc(body=None):
+            return tuple(self.expect(self.s.call("POST", "/api/messages/gc", body), 200).values())
+        self.put()
+        self.put(ttlSeconds=10)
+        self.acted(self.put(), "ack")
+        self.s.clock.advance(20)
+        self.assertEqual((gc(), gc({})), ((1, 0), (0, 0)))
+        self.s.clock.advance(1700)
+        self.acted(self.put(), "ack")
+        self.assertEqual(gc({"ackedOlderThanHours": 0.5}), (0, 0))
+        self.s.clock.advance(100)
+        self.assertEqual([gc({"ackedOlderThanHours": hours}) for hours in (0.5, 0, 0)],
+                         [(0, 1), (0, 1), (0, 0)])
+        self.assertEqual(len(self.read("?includeAcked=true")), 1)
+        for hours in (-1, -0.001, "1", None, True):
+            self.assertEqual(self.faults(self.s.call("POST", "/api/messages/gc", {
+                "ackedOlderThanHours": hours})), {"ackedOlderThanHours"})
+        self.put(ttlSeconds=1)              # one goes in the background, one by gc itself
+        self.s.clock.advance(2)
+        self.assertEqual(self.s.sweep(), 1)
+        self.put(ttlSeconds=1)
+        self.s.clock.advance(2)
+        self.assertEqual((gc(), gc()), ((2, 0), (0, 0)))
+
+    def test_ids_grow_and_never_return_after_gc_and_restart(self):
+        path = os.path.join(self.folder(), "n.db")
+        self.s = self.server(db=path)
+        kept, gone = self.put("kept", metadata={"a": "ü"}), self.put()
+        self.acted(gone, "ack")
+        self.s.client().messages.gc(0)
+        self.s.stop()
+        self.s = self.server(db=path)
+        self.assertEqual(self.read("?includeAcked=true"), [kept])
+        self.assertGreater(self.put(channel="another")["id"], gone["id"])
+
+    def test_every_refusal_under_api_has_a_tag(self):
+        self.s = self.server(token="t0ken")
+        self.s.store.channels.count = lambda *_: {}[self.channel]       # a fault of ours
+        key = {"X-Api-Key": "t0ken"}
+        for method, path, headers, status, code, tag in (
+                ("GET", self.at("/count"), key, 500, "internal_error", "InternalError"),
+                ("GET", "/api/nothing", key, 404, "not_found", "NotFound"),
+                ("DELETE", "/api/messages", key, 405, "method_not_allowed", None),
+                ("GET", self.at(), {}, 401, "unauthorized", "UNAUTHORIZED"),
+                ("GET", self.at(), {"Host": "evil.example"}, 403, "host_not_allowed", None)):
+            found = self.expect(self.s.call(method, path, headers=headers), status, code)
+            self.assertEqual(found["_tag"], tag or found["_tag"])
+        line, = self.s.lines
+        self.assertNotIn(self.channel, line)
+        self.s.lines.clear()
+
+
+# ----------------------------------------------------------------------------------------
+# Idempotency keys
+#
+# The same key and body from the same sender to the same place is the same message, as long as
+# that message is kept; what was refused or belongs to somebody else does not count.
+# ----------------------------------------------------------------------------------------
+
+class ChannelIdempotency(ChannelCase):
+    """Idempotency-Key on channel sends."""
+
+    def replay(self, first, again):
+        """The second answer is the first one over again."""
+        self.assertEqual((again.status, again.json), (201, first.json))
+        self.assertEqual([a.headers.get("idempotent-replay") for a in (first, again)],
+                         [None, "true"])
+
+    def test_the_same_key_and_body_give_the_first_answer_even_after_an_ack(self):
+        first = self.post("x %s" % SECRET, "k", metadata={"a": 1}, ttlSeconds=9)
+        self.acted(first.json, "ack")
+        self.replay(first, self.post("x %s" % SECRET, "k", metadata={"a": 1}, ttlSeconds=9))
+        self.assertEqual(self.ids("?includeAcked=true"), [first.json["id"]])
+        texts = ['{"channel": "%s", "content": "\u00fc", "metadata": {"a": 1, "b": [2]}}',
+                 '{"metadata":{"b":[2],"a":1},\n"content":"\\u00fc","channel":"%s"}']
+        self.replay(*[self.s.call("POST", "/api/messages", (text % self.channel).encode(),
+                                  headers={"Idempotency-Key": "json"}) for text in texts])
+
+    def test_another_body_is_refused_but_another_sender_or_channel_is_another_matter(self):
+        first = self.post("x", "k")
+        for values in ({"content": "y"}, {"taskId": "t"}, {"ttlSeconds": 60},
+                       {"correlationId": "c"}, {"metadata": {"a": 1}}):
+            self.expect(self.post(key="k", **dict({"content": "x"}, **values)), 409,
+                        "idempotency_key_reused")
+        self.assertEqual(self.ids(), [first.json["id"]])
+        others = [self.put("y", key="k", **v) for v in ({"sender": "ada"}, {"channel": "other"})]
+        self.assertEqual(len({m["id"] for m in others} | {first.json["id"]}), 3)
+        self.expect(self.post("x", "k" * 128), 201)
+        self.assertEqual(self.faults(self.post("x", "k" * 129)), {"Idempotency-Key"})
+
+    def test_keys_survive_a_restart_and_live_as_long_as_their_message(self):
+        path = os.path.join(self.folder(), "n.db")
+        self.s = self.server(db=path)
+        self.assertEqual(self.faults(self.post("x", "k", ttlSeconds=0)), {"ttlSeconds"})
+        first = self.post("x", "k", ttlSeconds=60)
+        self.s.stop()
+        self.s = self.server(db=path)
+        self.replay(first, self.post("x", "k", ttlSeconds=60))
+        self.expect(self.post("y", "k"), 409, "idempotency_key_reused")
+        self.s.clock.advance(61)
+        self.s.sweep()
+        self.assertGreater(self.put("y", key="k")["id"], first.json["id"])
+
+    def test_of_ten_at_once_one_is_stored(self):
+        answers = [call.result() for call in [Started(self.post, "x", "k") for _ in range(10)]]
+        self.assertEqual({(a.status, a.json["id"]) for a in answers}, {(201, self.ids()[0])})
+        self.assertEqual(sum("idempotent-replay" in a.headers for a in answers), 9)
+        self.assertEqual(self.count(), 1)
+
+
+# ----------------------------------------------------------------------------------------
+# Leases
+#
+# A message is held by one worker at a time, for as long as the lease says, and comes back when
+# the worker does not. Who uses no leases notices nothing of them.
+# ----------------------------------------------------------------------------------------
+
+class ChannelLease(ChannelCase):
+    """Lease, extend, release, dead, revive."""
+
+    def test_the_oldest_free_messages_come_each_with_a_token_of_its_own(self):
+        sent = [self.put(str(n)) for n in range(4)]
+        first, = self.lease("ada")
+        self.assertEqual(list(first), FIELDS + LEASE_FIELDS)
+        self.assertEqual(dict(first, **sent[0]), first)
+        self.assertEqual((first["attempts"], first["leasedBy"]), (1, "ada"))
+        more = self.lease("bob", limit=2)
+        self.assertEqual([m["id"] for m in more], [m["id"] for m in sent[1:3]])
+        self.assertEqual(len({m["leaseToken"] for m in [first] + more}), 3)
+        self.assertEqual([m["content"] for m in self.lease("ada", limit=100)], ["3"])
+        self.assertEqual(self.lease("cy"), [])
+
+    def test_a_lease_lasts_60_seconds_or_as_told_and_is_then_offered_again(self):
+        self.put()
+        self.put()
+        first, = self.lease()
+        self.lease(leaseSeconds=3600)
+        self.s.clock.advance(59)
+        self.assertEqual(self.lease(), [])
+        self.s.clock.advance(2)
+        again, = self.lease("other", limit=9)
+        self.assertEqual((again["id"], again["attempts"], again["leasedBy"]),
+                         (first["id"], 2, "other"))
+        self.assertNotEqual(again["leaseToken"], first["leaseToken"])
+        self.s.clock.advance(5 * 3600)      # a jump of hours: both are over, both come once
+        self.assertEqual([m["attempts"] for m in self.lease(limit=9)], [3, 2])
+        self.assertEqual(self.lease(), [])
+
+    def test_readers_and_plain_acks_notice_nothing(self):
+        sent = [self.put() for _ in range(3)]
+        held, _ = self.lease(limit=2)
+        self.assertEqual((self.read(), self.count()), (sent, 3))
+        acked = self.acted(sent[0], "ack")
+        self.assertEqual((list(acked), acked["status"]), (FIELDS, "acked"))
+        self.expect(self.act(held, "ack", leaseToken=held["leaseToken"]), 400,
+                    "message_already_acked")
+        self.assertEqual(self.ack_all(), 2)
+        self.s.clock.advance(61)
+        self.assertEqual(self.lease(), [])
+
+    def test_only_the_current_token_acks_extends_and_releases(self):
+        def refused(message, token):
+            for action, body in (("ack", {}), ("release", {}), ("extend", {"leaseSeconds": 9})):
+                answer = self.act(message, action, leaseToken=token, **body)
+                self.assertIn("_tag", self.expect(answer, 409, "lease_expired"))
+        message = self.put()
+        refused(message, "never leased")
+        old, = self.lease(leaseSeconds=1)
+        self.s.clock.advance(2)
+        refused(message, old["leaseToken"])         # over, and not yet anybody else's
+        new, = self.lease()
+        for token in (old["leaseToken"], "wrong", "ü🦊"):
+            refused(message, token)
+        self.assertEqual(self.acted(new, "ack", leaseToken=new["leaseToken"])["status"], "acked")
+        self.expect(self.act(99999999, "release", leaseToken="x"), 404, "message_not_found")
+
+    def test_extend_sets_the_end_and_release_gives_back_after_the_delay(self):
+        self.put()
+        message, = self.lease(leaseSeconds=10)
+        token = message["leaseToken"]
+        longer = self.acted(message, "extend", leaseToken=token, leaseSeconds=100)
+        self.assertGreater(longer["leaseExpiresAt"], message["leaseExpiresAt"])
+        self.assertEqual(dict(longer, leaseExpiresAt=message["leaseExpiresAt"]), message)
+        self.s.clock.advance(99)
+        self.assertEqual(self.lease(), [])
+        released = self.acted(message, "release", leaseToken=token, delaySeconds=30)
+        self.assertEqual((list(released), released["status"]), (FIELDS, "pending"))
+        self.s.clock.advance(29)
+        self.assertEqual(self.lease(), [])
+        self.s.clock.advance(2)
+        again, = self.lease()
+        self.acted(again, "release", leaseToken=again["leaseToken"])
+        self.assertEqual([m["attempts"] for m in [again] + self.lease()], [2, 3])
+
+    def test_a_waiting_worker_is_woken_by_a_send_a_release_and_the_end_of_lease_or_delay(self):
+        call = self.parked(self.lease, wait=30)
+        self.put()
+        held, = call.result()
+        call = self.parked(self.lease, leaseSeconds=1, wait=30)
+        self.acted(held, "release", leaseToken=held["leaseToken"])
+        self.assertEqual([m["attempts"] for m in call.result()], [2])
+        self.s.clock.advance(0.9)
+        held, = self.parked(self.lease, wait=30).result()
+        self.acted(held, "release", leaseToken=held["leaseToken"], delaySeconds=1)
+        self.s.clock.advance(0.9)
+        self.assertEqual([m["attempts"] for m in self.parked(self.lease, wait=30).result()], [4])
+
+    def test_after_max_attempts_a_message_is_dead_until_revived(self):
+        self.s = self.server(max_attempts=2)
+        dead, held = self.put("poison"), self.put("later")
+        for _ in range(2):
+            self.assertEqual(self.lease()[0]["id"], dead["id"])
+            self.assertEqual(self.read(action="/dead"), [], "it is held, not dead")
+            self.s.clock.advance(61)
+        self.assertEqual([m["id"] for m in self.lease(limit=9)], [held["id"]])
+        self.assertEqual(self.read(action="/dead"), [dead])
+        self.assertEqual((self.count(), self.ids()), (2, [dead["id"], held["id"]]))
+        call = self.parked(self.lease, wait=30)
+        self.assertEqual(self.acted(dead, "revive"), dead)
+        self.assertEqual([(m["id"], m["attempts"]) for m in call.result()], [(dead["id"], 1)])
+        self.assertEqual(self.read(action="/dead"), [])
+        self.expect(self.act(99999999, "revive"), 404, "message_not_found")
+
+    def test_five_attempts_are_the_default_and_the_dead_list_pages_like_an_inbox(self):
+        ids = [self.put()["id"] for _ in range(3)]
+        for attempt in range(1, 6):
+            for held in self.lease(limit=3):
+                self.assertEqual(held["attempts"], attempt)
+                self.acted(held, "release", leaseToken=held["leaseToken"])
+        self.assertEqual(self.lease(), [])
+        for query, wanted in (("", ids), ("?limit=2", ids[:2]), ("?limit=0", []),
+                              ("?limit=5000", ids), ("?afterId=%d" % ids[0], ids[1:])):
+            self.assertEqual(self.ids(query, action="/dead"), wanted)
+        self.assertEqual(self.faults(self.s.call("GET", self.at("/dead?limit=-1&afterId=x"))),
+                         {"limit", "afterId"})
+        self.assertEqual(self.acted(ids[0], "ack")["status"], "acked")
+        self.assertEqual(self.ids(action="/dead"), ids[1:])
+        self.expect(self.act(ids[0], "revive"), 400, "message_already_acked")
+
+    def test_every_parameter_has_its_limits(self):
+        self.put()
+        for path, least, rows in (
+                (self.at("/lease"), {"consumer": "w"}, {
+                    "consumer": ["", "x" * 257, None, 1], "limit": [0, 101, 1.5, "1", None],
+                    "leaseSeconds": [0, 3601, "60", None], "wait": [-1, 61, "1", None]}),
+                ("/api/messages/1/release", {"leaseToken": "t"}, {
+                    "leaseToken": ["", 1, None], "delaySeconds": [-1, 3601, "1", None]}),
+                ("/api/messages/1/extend", {"leaseToken": "t", "leaseSeconds": 1}, {
+                    "leaseToken": [None], "leaseSeconds": [0, 3601, None, 0.5]}),
+                ("/api/messages/1/ack", {}, {"leaseToken": [None, 1, ""]})):
+            for field, value in ((name, value) for name in rows for value in rows[name]):
+                with self.subTest(path=path, field=field, value=str(value)[:9]):
+                    body = dict(least, **{field: value})
+                    self.assertEqual(self.faults(self.s.call("POST", path, body)), {field})
+            if least:
+                self.assertEqual(self.faults(self.s.call("POST", path, {})), set(least))
+        self.assertEqual(len(self.lease("x" * 256, limit=100, leaseSeconds=3600, wait=60)), 1)
+
+    def test_eight_workers_that_die_at_random_do_everything_and_never_two_the_same(self):
+        self.s = self.server(max_attempts=1000)
+        total, leases, acked = 200, [], {}
+        for n in range(total):
+            self.put(str(n))
+
+        def work(number):
+            chance = random.Random(number)
+            while len(acked) < total:
+                batch = self.lease("w%d" % number, limit=chance.randint(1, 3), leaseSeconds=1)
+                leases.extend(batch)
+                for message in batch:
+                    if chance.random() < 0.25:
+                        break               # it dies: nobody hears of the rest of its batch
+                    done = self.act(message, "ack", leaseToken=message["leaseToken"])
+                    if done.status == 200:
+                        self.assertNotIn(message["id"], acked)
+                        acked[message["id"]] = done.json["message"]["ackedAt"]
+                if not batch:
+                    time.sleep(0.005)
+        workers = [Started(work, number) for number in range(8)]
+        while not all(worker.done() for worker in workers):
+            time.sleep(0.02)
+            self.s.clock.advance(0.3)       # the supervisor: time goes by, for dead workers too
+        for worker in workers:
+            worker.result()
+        self.assertEqual((len(acked), self.count()), (total, 0))
+        self.assertGreater(len(leases), total + 20, "nobody died")
+        held = collections.defaultdict(list)
+        for lease in sorted(leases, key=lambda m: m["attempts"]):
+            held[lease["id"]].append(lease)
+        for message_id, rows in held.items():
+            self.assertEqual([m["attempts"] for m in rows], list(range(1, len(rows) + 1)))
+            ends = [m["leaseExpiresAt"] for m in rows]
+            for end, later in zip(ends, ends[1:]):          # all leases are of one second
+                self.assertLessEqual(day_time(end), day_time(later) - 1000, "two at once")
+            self.assertLessEqual(acked[message_id], ends[-1])
+
+    def test_setting_the_computers_clock_moves_neither_leases_nor_ttls(self):
+        clock, wall = nexus.Clock(), time.time
+        before = clock.now()
+        try:
+            for hours in (-5, 5):
+                time.time = lambda: wall() + hours * 3600
+                self.assertLess(abs(clock.now() - before), 60000)
+        finally:
+            time.time = wall
+
+
+# ----------------------------------------------------------------------------------------
+# Ask and reply
+#
+# A reply finds its channel and correlation by itself and acknowledges the question in the same
+# commit; who asked in vain is told so, with the question and the way to go on waiting.
+# ----------------------------------------------------------------------------------------
+
+class AskAndReply(ChannelCase):
+    """POST /api/messages/:id/reply, client.messages.ask, tx ask --resume."""
+
+    def reply(self, question, status=201, code=None, key=None, **body):
+        """Reply; returns the message (or the refusal)."""
+        return self.expect(self.s.call(
+            "POST", "/api/messages/%d/reply" % question["id"], body,
+            headers={"Idempotency-Key": key} if key else None), status, code)
+
+    def test_each_answer_finds_its_question_and_acknowledges_it(self):
+        asked = [Started(self.s.client().messages.ask, self.channel, str(n), 30) for n in range(4)]
+        self.assertTrue(eventually(lambda: self.count() == 4))
+        for question in reversed(self.read()):
+            back = question["metadata"]["replyTo"]
+            answer = self.reply(question, content="re " + question["content"], sender="bob",
+                                metadata={"sure": True})
+            self.assertEqual(list(answer), FIELDS)
+            self.assertEqual([answer[name] for name in (
+                "channel", "sender", "correlationId", "metadata")],
+                [back, "bob", question["correlationId"], {"sure": True}])
+            self.assertTrue(question["correlationId"] and back != self.channel)
+            self.assertTrue(eventually(lambda: self.count(back) == 0), "the asker did not ack")
+        self.assertEqual([call.result()["content"] for call in asked],
+                         ["re %d" % n for n in range(4)])
+        self.assertEqual(self.count(), 0)
+
+    def test_without_a_reply_channel_the_answer_goes_to_the_sender(self):
+        for metadata in ({}, {"replyTo": ""}, {"replyTo": 5}, {"replyTo": "x" * 257}):
+            question = self.put(sender="ada", correlationId="c9", metadata=metadata)
+            answer = self.reply(question, content="token " + SECRET)
+            self.assertEqual([answer[name] for name in (
+                "channel", "correlationId", "sender", "content", "redacted")],
+                ["ada", "c9", "api", "token [REDACTED:github-token]", ["github-token"]])
+
+    def test_an_acked_question_can_be_answered_and_a_repeated_answer_is_one(self):
+        question = self.put(sender="late")
+        acked = self.acted(question, "ack")
+        answers = [self.reply(question, key="k", content="x") for _ in range(2)]
+        self.assertEqual(answers[0], answers[1])
+        self.assertEqual((self.read("?includeAcked=true"), self.count("late")), ([acked], 1))
+
+    def test_a_refused_answer_leaves_the_question_pending_and_stores_nothing(self):
+        self.s = self.server(max_channel_messages=1)
+        self.put(channel="full")
+        question = self.put(metadata={"replyTo": "full"})
+        held, = self.lease()
+        for status, code, body in (
+                (429, "quota_exceeded", {"content": "x"}),
+                (409, "lease_expired", {"content": "x", "leaseToken": "wrong"}),
+                (400, "invalid_request", {"content": ""}), (400, "invalid_request", {}),
+                (400, "invalid_request", {"content": "x", "metadata": None})):
+            self.reply(question, status, code, **body)
+        self.assertEqual((self.ids(), self.count("full")), ([question["id"]], 1))
+        self.ack_all("full")
+        self.s.client().messages.gc(0)
+        self.reply(question, content="x", leaseToken=held["leaseToken"])
+        self.assertEqual((self.count(), self.count("full")), (0, 1))
+        self.reply({"id": 99999999}, 404, "message_not_found", content="x")
+
+    def test_who_asks_in_vain_gets_the_question_and_a_command_that_does_not_ask_twice(self):
+        channel, home = "re view's; $(x)", self.folder()
+        with self.assertRaises(nexus.NexusError) as caught:
+            self.s.client().messages.ask(channel, "well?", timeout=0)
+        error, (question,) = caught.exception, self.read(channel=channel)
+        self.assertEqual((error.code, error.extra["question"]), ("no_reply", question))
+        acked = self.acted(question, "ack")
+        words = nexus.shlex.split(error.extra["resume"])
+        ran = run_nexus(home, *(words[1:] + ["--timeout", "0"]))
+        self.assertEqual((words[0], ran.code, ran.json["error"]), ("nexus.py", 1, "no_reply"))
+        self.assertEqual(ran.json["question"], acked, "not as it stands now")
+        self.reply(question, content="because")
+        ran = run_nexus(home, *nexus.shlex.split(ran.json["resume"])[1:])
+        self.assertEqual((ran.code, ran.out), (0, "because\n"))
+        self.assertEqual(self.ids("?includeAcked=true", channel=channel), [question["id"]])
+
+
+# ----------------------------------------------------------------------------------------
+# The Python client
+#
+# Its signatures are promises; its retries are harmless: a send carries its key along, and what
+# may not happen twice is not tried twice once the server could have done it.
+# ----------------------------------------------------------------------------------------
+
+class Scripted:
+    """A TCP server that answers one request a connection from a script, then is gone.
+
+    A step is the bytes of an answer, or a function from the request's bytes to them.
+    """
+
+    def __init__(self, case, *steps):
+        self.requests, self._steps = [], steps
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(10)
+        self.url = "http://127.0.0.1:%d" % self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        case.addCleanup(self._close)
+
+    def _run(self):
+        with self._listener:
+            for step in self._steps:
+                sock, _ = self._listener.accept()
+                with sock:
+                    request = self._read(sock)
+                    if not request:
+                        return              # _close() knocked
+                    self.requests.append(request)
+                    sock.sendall(step(request) if callable(step) else step)
+
+    @staticmethod
+    def _read(sock):
+        data, part, wanted = b"", b"x", None
+        while part and (wanted is None or len(data) < wanted):
+            part = sock.recv(65536)
+            data += part
+            head = re.match(rb"(?s).*?\r\n\r\n", data)
+            length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", data)
+            wanted = head and head.end() + int(length.group(1) if length else 0)
+        return data
+
+    def _close(self):
+        with contextlib.suppress(OSError):
+            socket.create_connection(self._listener.getsockname()).close()
+        self._thread.join()
+
+    def keys(self):
+        """The Idempotency-Keys of all requests, each once."""
+        return {re.search(rb"(?i)\r\nidempotency-key: *(\S+)", request).group(1)
+                for request in self.requests}
+
+
+def http_answer(status, body, *headers):
+    """The bytes of an HTTP answer; `body` is JSON, or bytes as it is."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = ["HTTP/1.1 %d X" % status, "Content-Length: %d" % len(body)] + list(headers)
+    return "\r\n".join(lines + ["", ""]).encode() + body
+
+
+BUSY = http_answer(503, {"error": "server_busy", "message": "later"}, "Retry-After: 7")
+LATER = http_answer(429, {"error": "rate_limit_exceeded", "message": "x"}, "Retry-After: 3")
+SIGNATURES = """
+create(ttl=None, max_agents=None, greeting=None, creator_agent_id=None)
+status(session_id)  join(session_id, agent_id, session_key=None)  pair(session_id)
+leave(session_id, agent_id, session_key)  renew(session_id, agent_id, ttl=None)
+send(session_id, agent_id, text=None, json=None, session_key=None, idempotency_key=None)
+poll(session_id, agent_id, after=None, members=False, limit=None, wait=None)
+claim(code, agent_id)  pair_status(code)"""
+CHANNEL_SIGNATURES = """
+send(channel, content, inbox(channel, after_id=None, limit=None, ack(id, lease_token=None)
+ack_all(channel)  pending(channel)  gc(acked_older_than_hours=None)  release(id, lease_token,
+lease(channel, consumer, limit=1, lease_seconds=60, wait=0)  extend(id, lease_token, lease_seconds)
+dead(channel, revive(id)  ask(channel, content, timeout=60, reply(id, content,"""
+
+
+class ClientPromises(ChannelCase):
+    """nexus.Client against the real server and against scripted ones."""
+
+    def scripted(self, *steps):
+        """(a Scripted, a client on it, the list of its sleeps)."""
+        server, sleeps = Scripted(self, *steps), []
+        return server, nexus.Client(server.url, sleep=sleeps.append), sleeps
+
+    def fails(self, function, *args, **values):
+        """The one exception that every failure raises; it has all its parts."""
+        with self.assertRaises(nexus.NexusError) as caught:
+            function(*args, **values)
+        error = caught.exception
+        self.assertTrue(error.code and error.message and error.status >= 400)
+        return error
+
+    def test_signatures_are_those_of_the_contract(self):
+        def head(name, function):
+            code, defaults = function.__code__, function.__defaults__ or ()
+            names = list(code.co_varnames[1:code.co_argcount])
+            for place, value in enumerate(defaults, len(names) - len(defaults)):
+                names[place] += "=%r" % (value,)
+            return "%s(%s)" % (name, ", ".join(names))
+        client = self.s.client()
+        for owner, text in ((client, SIGNATURES), (client.messages, CHANNEL_SIGNATURES)):
+            for wanted in re.findall(r"\w+\([^()]*?(?:\)|,(?=\s+\w+\(|$))", text):
+                name = wanted.partition("(")[0]     # a comma at the end: more may follow
+                self.assertEqual(head(name, getattr(owner, name))[:len(wanted)], wanted)
+
+    def test_channels_work_as_in_the_typescript_client(self):
+        messages = self.s.client().messages
+        first = messages.send(channel=self.channel, content="a", sender="s", ttl_seconds=60,
+                              task_id="t", correlation_id="c", metadata={"x": 1})
+        second = messages.send(self.channel, "b")
+        self.assertEqual(messages.inbox(self.channel), [first, second])
+        self.assertEqual(messages.inbox(self.channel, after_id=first["id"], limit=5), [second])
+        self.assertEqual(messages.inbox(self.channel, sender="s", correlation_id="c", wait=5),
+                         [first])
+        self.assertEqual(messages.ack(first["id"])["status"], "acked")
+        self.assertEqual(len(messages.inbox(self.channel, include_acked=True)), 2)
+        held, = messages.lease(self.channel, "w")
+        self.assertEqual(messages.extend(held["id"], held["leaseToken"], 9)["leasedBy"], "w")
+        self.assertEqual(messages.release(held["id"], held["leaseToken"]), second)
+        self.assertEqual((messages.dead(self.channel), messages.revive(second["id"])), ([], second))
+        self.assertEqual(messages.reply(second["id"], "re")["content"], "re")
+        self.assertEqual(messages.pending(self.channel), 0)
+        self.assertEqual(messages.ack_all("api"), {"channel": "api", "ackedCount": 1})
+        self.assertEqual(sorted(messages.gc(acked_older_than_hours=0)), ["acked", "expired"])
+
+    def test_a_refusal_is_one_exception_with_status_code_message_and_details(self):
+        messages = self.s.client().messages
+        error = self.fails(messages.ack, 99999999)
+        self.assertEqual((error.status, error.code, error.message, error.details),
+                         (404, "message_not_found", "Message not found: 99999999", None))
+        error = self.fails(messages.send, "", "", ttl_seconds=0)
+        self.assertEqual((error.status, {row["field"] for row in error.details}),
+                         (400, {"channel", "content", "ttlSeconds"}))
+        self.assertEqual(self.fails(messages.ack, "7/../../gc").status, 400)
+
+    def test_not_now_is_tried_again_after_as_long_as_it_says_with_the_same_key(self):
+        server, client, sleeps = self.scripted(BUSY, LATER, http_answer(201, {"id": 5}))
+        self.assertEqual(client.messages.send("c", "x"), {"id": 5})
+        self.assertEqual((sleeps, len(server.keys())), ([7.0, 3.0], 1))
+        _, client, sleeps = self.scripted(LATER.replace(b"After: 3", b"After: 86400"))
+        self.assertEqual((self.fails(client.messages.send, "c", "x").status, sleeps), (429, []))
+
+    def test_an_eaten_answer_is_no_double(self):
+        def eat(request):
+            self.s.raw(request)
+            return b""
+        server, client, sleeps = self.scripted(eat, self.s.raw)
+        sent = client.messages.send(self.channel, "once")
+        self.assertEqual((self.read(), len(sleeps), len(server.keys())), ([sent], 1, 1))
+        session, keys = self.s.session()
+        server, client, sleeps = self.scripted(eat, eat, self.s.raw)
+        client.send(session, "ada", "once", session_key=keys["ada"])
+        stored = self.s.poll(session, "ada").json["messages"]
+        self.assertEqual((len(stored), len(sleeps), len(server.keys())), (1, 2, 1))
+        question = self.put(sender=self.channel + "-back")
+        self.scripted(eat, self.s.raw)[1].messages.reply(question["id"], "once")
+        self.assertEqual(self.count(self.channel + "-back"), 1)
+
+    def test_after_four_attempts_with_doubling_pauses_the_error_comes_through(self):
+        first = set()
+        for answer, code in ((BUSY, "server_busy"), (b"", "unreachable"), (b"", "unreachable"),
+                             (http_answer(500, {"error": "internal_error"}), "internal_error")):
+            server, client, sleeps = self.scripted(*[answer] * 4)
+            self.assertEqual(self.fails(client.messages.send, "c", "x").code, code)
+            self.assertEqual((len(server.requests), len(sleeps), len(server.keys())), (4, 3, 1))
+            for pause, rest in zip((0.2, 0.4, 0.8) if answer != BUSY else (14, 14, 14), sleeps):
+                self.assertTrue(pause * 0.5 <= rest <= pause * 1.5, sleeps)
+            first.add(sleeps[0])
+        self.assertGreater(len(first), 2, "no jitter")
+
+    def test_what_may_not_happen_twice_is_repeated_only_if_it_never_arrived(self):
+        for name, args in (("claim", ("c", "a")), ("create", ()), ("leave", ("s", "a", "k")),
+                           ("messages.lease", ("c", "w")), ("messages.ack", (1,)),
+                           ("messages.ack_all", ("c",))):
+            for cut in (b"", b"HTTP/1.1 200 OK\r\n"):
+                server, target, sleeps = self.scripted(cut, http_answer(200, {}))
+                for part in name.split("."):
+                    target = getattr(target, part)
+                self.assertEqual(self.fails(target, *args).code, "unreachable", name)
+                self.assertEqual((len(server.requests), sleeps), (1, []), name)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            url = "http://127.0.0.1:%d" % free.getsockname()[1]
+        sleeps = []
+        error = self.fails(nexus.Client(url, sleep=sleeps.append).claim, "c", "a")
+        self.assertEqual((error.code, len(sleeps)), ("unreachable", 3))
+
+    def test_answers_come_in_any_form_and_what_was_cut_off_is_never_believed(self):
+        body, good = b'{"channel":"c","count":41}', http_answer(200, {"count": 7})
+        chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        whole = b"3;x=y\r\n%s\r\n17\r\n%s\r\n0\r\nTrailer: x\r\n\r\n" % (body[:3], body[3:])
+        for answer, count in (
+                (chunked + whole, 41), (b"HTTP/1.0 200 OK\r\n\r\n" + body, 41),
+                (b"HTTP/1.1 100 Continue\r\n\r\n" + http_answer(200, json.loads(body)), 41),
+                (http_answer(200, body)[:-1], 7), (chunked + b"1A\r\n" + body[:9], 7),
+                (chunked + b"zz\r\n" + body, 7), (b"SSH-2.0-x\r\n", 7), (b"HTTP/1.1 2", 7),
+                (b"HTTP/1.1 200 OK\r\n", 7), (http_answer(502, b"bad gateway"), 7)):
+            with self.subTest(answer=answer[:70]):
+                _, client, sleeps = self.scripted(answer, good)
+                self.assertEqual((client.messages.pending("c"), len(sleeps)), (count, count == 7))
+
+    def test_an_answer_that_is_no_json_of_ours_is_the_same_kind_of_error(self):
+        for body in (b"<html>hotel wifi</html>", b"[]", b'"x"', b"null", b"{", b"\xff"):
+            with self.subTest(body=body):
+                self.fails(self.scripted(http_answer(200, body))[1].messages.pending, "c")
+        for body in ([], {"message": "x"}, "x", None):
+            self.assertEqual(self.fails(self.scripted(http_answer(404, body))[1].health).status,
+                             404)
+
+
+# ----------------------------------------------------------------------------------------
+# MCP over HTTP
+#
+# One dispatcher, two generations of clients. A failed operation is a result that an agent can act
+# on; only what is wrong with the call itself is a protocol error.
+# ----------------------------------------------------------------------------------------
+
+READING_TOOLS = {"tx_inbox", "tx_outbox_pending", "nexus_poll", "nexus_status", "nexus_sessions"}
+SERVER_TOOLS = {
+    "tx_send": "channel content sender taskId ttlSeconds correlationId metadata",
+    "tx_inbox": "channel afterId limit sender correlationId includeAcked wait",
+    "tx_ack": "id leaseToken", "tx_ack_all": "channel", "tx_outbox_pending": "channel",
+    "tx_lease": "channel consumer limit leaseSeconds wait", "tx_reply": "id content",
+    "tx_ask": "channel content sender timeoutSeconds", "nexus_pair": "sessionId",
+    "nexus_create": "ttl maxAgents greeting creatorAgentId", "nexus_claim": "code agentId",
+    "nexus_join": "sessionId agentId", "nexus_send": "sessionId agentId text json",
+    "nexus_poll": "sessionId agentId after limit members wait", "nexus_status": "sessionId",
+    "nexus_leave": "sessionId agentId"}
+OLDER = ["2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25"]
+META = "io.modelcontextprotocol/protocolVersion"
+NEWER = {"_meta": {META: "2026-07-28"}}
+PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+
+
+def check_tools(case, tools, names):
+    """The definitions are complete, small, and exactly these."""
+    case.assertEqual(sorted(tool["name"] for tool in tools), sorted(names))
+    case.assertLess(len(json.dumps(tools, separators=(",", ":")).encode()), 6000)
+    for tool in tools:
+        schema, hints, name = tool["inputSchema"], tool["annotations"], tool["name"]
+        case.assertEqual(schema["type"], "object", tool)
+        case.assertFalse({"oneOf", "anyOf", "allOf"} & set(schema), tool)
+        case.assertLessEqual(set(schema.get("required", [])), set(schema["properties"]), tool)
+        case.assertLessEqual(set(SERVER_TOOLS.get(name, "").split()), set(schema["properties"]))
+        case.assertEqual({hint: type(value) for hint, value in hints.items()}, dict.fromkeys(
+            ("destructiveHint", "idempotentHint", "openWorldHint", "readOnlyHint"), bool))
+        case.assertEqual(hints["readOnlyHint"], name in READING_TOOLS, name)
+        case.assertTrue(tool["description"])
+        if name == "tx_send":
+            case.assertEqual(schema["properties"]["metadata"]["type"], "string")
+
+
+class McpOverHttp(ServerCase):
+    """POST /mcp"""
+
+    def rpc(self, method, params=None):
+        """One request: its result."""
+        answer = self.s.call("POST", "/mcp", dict(PING, id="q", method=method, params=params or {}))
+        self.assertEqual((answer.status, answer.headers["content-type"]),
+                         (200, "application/json"))
+        self.assertEqual((answer.json["jsonrpc"], answer.json["id"]), ("2.0", "q"))
+        return answer.json["result"]
+
+    def tool(self, tool, failed=False, **arguments):
+        """Call a tool: the JSON of its text."""
+        result = self.rpc("tools/call", {"name": tool, "arguments": arguments})
+        content, = result["content"]
+        self.assertEqual((content["type"], result["isError"]), ("text", failed), content)
+        return json.loads(content["text"])
+
+    def test_the_handshake_echoes_a_known_version_and_else_offers_the_newest(self):
+        for asked in OLDER + ["1999-01-01", None, 7]:
+            result = self.rpc("initialize", {"protocolVersion": asked, "capabilities": {},
+                                             "clientInfo": {"name": "t", "version": "1"}})
+            self.assertEqual(result["protocolVersion"], asked if asked in OLDER else OLDER[-1])
+            self.assertIn("tools", result["capabilities"])
+            self.assertEqual(result["serverInfo"], {"name": "nexus", "version": nexus.VERSION})
+        self.assertEqual(self.rpc("ping"), {})
+
+    def test_the_newer_generation_needs_no_handshake_and_gets_its_marks(self):
+        older, newer = self.rpc("tools/list"), self.rpc("tools/list", NEWER)
+        check_tools(self, older["tools"], SERVER_TOOLS)
+        self.assertEqual((list(older), newer["tools"]), (["tools"], older["tools"]))
+        found = self.rpc("server/discover", NEWER)
+        self.assertLessEqual({"2026-07-28"} | set(OLDER), set(found["supportedVersions"]))
+        self.assertIn("tools", found["capabilities"])
+        self.assertEqual(found["instructions"], self.rpc("initialize")["instructions"])
+        for result in (found, newer):
+            self.assertIs(type(result["ttlMs"]), int)
+            self.assertIn(result["cacheScope"], ("public", "private"))
+        called = self.rpc("tools/call", dict(NEWER, name="tx_outbox_pending",
+                                             arguments={"channel": "newer"}))
+        self.assertEqual([r["resultType"] for r in (found, newer, called)], ["complete"] * 3)
+        body = dict(PING, params={"_meta": {META: "2031-01-01"}})
+        error = self.s.call("POST", "/mcp", body).json["error"]
+        self.assertEqual(error["code"], -32022)
+        self.assertIn("2026-07-28", error["data"]["supported"])
+
+    def test_what_wants_no_answer_gets_none_and_get_is_told_what_is_allowed(self):
+        for body in ({"method": "notifications/initialized"}, {"method": "unheard/of"},
+                     {"method": "notifications/cancelled"}, {"id": 1, "result": {}}):
+            answer = self.s.call("POST", "/mcp", dict(body, jsonrpc="2.0"))
+            self.assertEqual((answer.status, answer.text), (202, ""))
+        answer = self.s.call("GET", "/mcp")
+        self.expect(answer, 405, "method_not_allowed")
+        self.assertEqual(answer.headers["allow"], "POST")
+
+    def test_what_is_wrong_with_the_call_itself_is_a_protocol_error(self):
+        def call(params, **more):
+            return dict(dict(PING, id=5, method="tools/call", params=params), **more)
+        for body, status, number, code in (
+                (b"{", 400, None, -32700), (b"", 400, None, -32700), (b"\xff", 400, None, -32700),
+                (b"[" * 5000, 400, None, -32700), ([call({}), call({})], 400, None, -32600),
+                ([], 400, None, -32600), (dict(PING, jsonrpc="1"), 400, None, -32600),
+                (dict(PING, method=1), 400, None, -32600), (dict(PING, id=None), 400, None, -32600),
+                (dict(PING, id={}), 400, None, -32600),
+                (call({}, method="nope"), 200, 5, -32601), (call({}), 200, 5, -32602),
+                (call(NEWER, method="nope"), 200, 5, -32601), (call([1]), 200, 5, -32602),
+                (call({"name": "nope"}), 200, 5, -32602), (call({"name": 7}), 200, 5, -32602),
+                (call({"name": "nexus_sessions"}), 200, 5, -32602),
+                (call({"name": "tx_ack", "arguments": [1]}), 200, 5, -32602),
+                (call("x", id="5"), 200, "5", -32602)):
+            with self.subTest(body=str(body)[:80]):
+                answer = self.s.call("POST", "/mcp", body)
+                self.assertTrue(answer.json["error"]["message"])
+                self.assertEqual((answer.status, answer.json["id"], answer.json["error"]["code"]),
+                                 (status, number, code))
+
+    def test_a_refused_operation_is_a_result_that_says_what_to_do(self):
+        refused = self.tool("tx_ack", True, id=99999999)
+        self.assertEqual((refused["error"], refused["message"]),
+                         ("message_not_found", "Message not found: 99999999"))
+        refused = self.tool("tx_send", True, channel="", metadata={"a": 1}, ttlSeconds="x")
+        self.assertEqual({row["field"] for row in refused["details"]},
+                         {"channel", "content", "ttlSeconds"})
+        refused = self.tool("tx_send", True, channel="c", content="x", metadata="{nope")
+        self.assertEqual(refused["details"][0]["field"], "metadata")
+        self.assertEqual(self.tool("nexus_send", True, sessionId="0" * 48, text="x")["error"],
+                         "missing_agent_id")
+
+    def test_host_origin_and_token_are_checked(self):
+        with Server(token="t0ken") as guarded:
+            for server, headers, status, code in (
+                    (self.s, {"Host": "evil.example"}, 403, "host_not_allowed"),
+                    (self.s, {"Origin": "http://evil.example"}, 403, "origin_not_allowed"),
+                    (guarded, {}, 401, "unauthorized"),
+                    (guarded, {"Authorization": "Bearer wrong"}, 401, "unauthorized"),
+                    (guarded, {"Authorization": "Bearer t0ken"}, 200, None),
+                    (guarded, {"X-Api-Key": "t0ken"}, 200, None)):
+                self.expect(server.call("POST", "/mcp", PING, headers=headers), status, code)
+
+    def test_channels_ask_and_reply_work_as_tools(self):
+        sent = self.tool("tx_send", channel="m", content="x", metadata='{"priority":"high"}',
+                         taskId="t", correlationId="c", ttlSeconds=3600)
+        self.assertEqual((sent["sender"], sent["metadata"]), ("mcp", {"priority": "high"}))
+        self.assertEqual(self.tool("tx_inbox", channel="m", afterId=0, limit=10, sender="mcp",
+                                   correlationId="c", includeAcked=False)["messages"], [sent])
+        self.assertEqual(self.tool("tx_outbox_pending", channel="m")["count"], 1)
+        held, = self.tool("tx_lease", channel="m", consumer="w")["messages"]
+        self.assertEqual(self.tool("tx_ack", True, id=sent["id"], leaseToken="no")["error"],
+                         "lease_expired")
+        acked = self.tool("tx_ack", id=sent["id"], leaseToken=held["leaseToken"])["message"]
+        self.assertEqual(acked["status"], "acked")
+        asked = Started(self.tool, "tx_ask", channel="m", content="well?", timeoutSeconds=30)
+        question, = self.tool("tx_inbox", channel="m", wait=10)["messages"]
+        reply = self.tool("tx_reply", id=question["id"], content="yes")
+        self.assertEqual([reply[name] for name in ("sender", "correlationId")],
+                         ["mcp", question["correlationId"]])
+        self.assertEqual(asked.result()["content"], "yes")
+        vain = self.tool("tx_ask", True, channel="m", content="again?", timeoutSeconds=0)
+        self.assertEqual((vain["error"], vain["question"]["content"], vain["question"]["status"]),
+                         ("no_reply", "again?", "pending"))
+        self.assertIn("--resume %d" % vain["question"]["id"], vain["resume"])
+        self.assertEqual(self.tool("tx_ack_all", channel="m")["ackedCount"], 1)
+
+    def test_a_conversation_needs_no_file(self):
+        made = self.tool("nexus_create", creatorAgentId="ada", greeting="hi")
+        session = {"sessionId": made["sessionId"]}
+        code = self.tool("nexus_pair", **session)["code"]
+        bob = self.tool("nexus_claim", code=code, agentId="bob")["sessionKey"]
+        self.tool("nexus_join", agentId="cy", **session)
+        self.tool("nexus_send", agentId="bob", sessionKey=bob, text="hello", json=[1], **session)
+        self.tool("nexus_send", True, agentId="bob", sessionKey="wrong", text="x", **session)
+        polled = self.tool("nexus_poll", agentId="ada", members=True, **session)
+        self.assertEqual([(m["text"], m.get("json"), m["verified"]) for m in polled["messages"]][1],
+                         ("hello", [1], True))
+        self.assertEqual(len(polled["members"]), 3)
+        self.tool("nexus_leave", agentId="bob", sessionKey=bob, **session)
+        self.assertEqual(self.tool("nexus_status", **session)["agents"], ["ada", "cy"])
+
+
+# ----------------------------------------------------------------------------------------
+# MCP over stdio
+#
+# A process that reads lines and writes lines: whatever comes in, what goes out is JSON-RPC, no
+# call holds up another, and when the input ends so does the process. Agents with homes of their
+# own talk through it, and it remembers for them what a language model should not have to.
+# ----------------------------------------------------------------------------------------
+
+class McpProcess:
+    """`nexus.py mcp` with a home of its own; answers are collected by their id."""
+
+    def __init__(self, url, home):
+        self.answers, self._last = [], 0
+        self.process = subprocess.Popen(
+            [sys.executable, NEXUS, "mcp", "--url", url], cwd=home, env=clean_environment(home),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self._reader = Started(self._read)
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.answers.append(json.loads(line.decode("utf-8")))   # else end() raises
+
+    def write(self, data):
+        """Raw bytes, or a message (without its "jsonrpc") as one line."""
+        if not isinstance(data, bytes):
+            data = json.dumps(dict(data, jsonrpc="2.0"), ensure_ascii=False).encode() + b"\n"
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def start(self, method, params=None, number=None):
+        """Send a request; returns its id."""
+        self._last += 1
+        number = self._last if number is None else number
+        self.write({"id": number, "method": method, "params": params or {}})
+        return number
+
+    def find(self, number):
+        """The answers with this id so far; 1 and "1" are two ids."""
+        return [answer for answer in list(self.answers) if repr(answer["id"]) == repr(number)]
+
+    def answer(self, number, count=1):
+        """The answer with this id, once it is there; or the count-th of them."""
+        eventually(lambda: len(self.find(number)) >= count or self._reader.done())
+        found = self.find(number)
+        if len(found) < count:
+            raise AssertionError("no answer to %r" % (number,))
+        return found[count - 1]
+
+    def rpc(self, method, params=None):
+        """A request and its result."""
+        return self.answer(self.start(method, params))["result"]
+
+    def start_tool(self, tool, number=None, **arguments):
+        """Begin a tool call; returns its id."""
+        return self.start("tools/call", {"name": tool, "arguments": arguments}, number)
+
+    def text_of(self, number, failed=False):
+        """The JSON in a tool's answer."""
+        answer = self.answer(number)
+        if answer.get("result", {}).get("isError") is not failed:
+            raise AssertionError(answer)
+        return json.loads(answer["result"]["content"][0]["text"])
+
+    def tool(self, tool, failed=False, **arguments):
+        """Call a tool: the JSON of its answer."""
+        return self.text_of(self.start_tool(tool, **arguments), failed)
+
+    def end(self):
+        """Close its input: its exit code. All that it wrote was JSON-RPC."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        code = self.process.wait(10)
+        self._reader.result()
+        self.process.stdout.close()
+        for answer in self.answers:
+            if answer["jsonrpc"] != "2.0" or ("result" in answer) == ("error" in answer):
+                raise AssertionError(answer)
+        return code
+
+
+class McpOverStdio(ServerCase):
+    """nexus.py mcp; one process for all tests that do not end it."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.home = tempfile.mkdtemp(prefix="nexus-test-")
+        cls.mcp = McpProcess(cls.s.url, cls.home)
+
+    @classmethod
+    def tearDownClass(cls):
+        code = cls.mcp.end()
+        shutil.rmtree(cls.home, True)
+        super().tearDownClass()
+        if code:
+            raise AssertionError("nexus.py mcp ended with %d" % code)
+
+    def other(self):
+        """Another process, with a home of its own: (McpProcess, nexus.State)."""
+        home = self.folder()
+        mcp = McpProcess(self.s.url, home)
+        self.addCleanup(mcp.end)
+        return mcp, nexus.State(home)
+
+    def waiting_poll(self, number=None):
+        """A nexus_poll that waits: (session id, its id, a function that sends it a text)."""
+        session, keys = self.s.session(("ada", "bob"))
+        before = self.s.store.waiters.parked
+        number = self.mcp.start_tool("nexus_poll", number, sessionId=session, agentId="bob",
+                                     wait=30)
+        self.assertTrue(eventually(lambda: self.s.store.waiters.parked > before))
+        return session, number, lambda text: self.s.send(session, "ada", text, keys["ada"])
+
+    def cancel(self, number):
+        """Cancel a request, and wait until that was read."""
+        for params in ({"requestId": number, "reason": "bored"}, {"requestId": "unknown"}, {}, []):
+            self.mcp.write({"method": "notifications/cancelled", "params": params})
+        self.assertEqual(self.mcp.rpc("ping"), {})
+
+    def test_the_tools_are_those_of_the_contract(self):
+        for asked in OLDER:
+            self.assertEqual(self.mcp.rpc("initialize", {"protocolVersion": asked})[
+                "protocolVersion"], asked)
+        check_tools(self, self.mcp.rpc("tools/list")["tools"],
+                    set(SERVER_TOOLS) | {"nexus_sessions"})
+        self.assertEqual(self.mcp.rpc("server/discover", NEWER)["resultType"], "complete")
+
+    def test_two_agents_with_homes_of_their_own_talk(self):
+        ada, (bob, state) = self.mcp, self.other()
+        session = ada.tool("nexus_create", creatorAgentId="ada", greeting="hi")["sessionId"]
+        link = ada.tool("nexus_pair", sessionId=session)["url"]
+        self.assertEqual(bob.tool("nexus_claim", code=link.lower(), agentId="bob")["sessionId"],
+                         session)
+        nexus.State(self.home).set_alias("review", session)
+        ada.tool("nexus_send", sessionId="review", text="Ünï 🦊\u2028", json={"a": [1, None]})
+        poll = bob.tool("nexus_poll", sessionId=session)
+        self.assertEqual([(m["text"], m["verified"]) for m in poll["messages"]],
+                         [("hi", True), ("Ünï 🦊\u2028", True)])
+        self.assertEqual(bob.tool("nexus_poll", sessionId=session)["messages"], [])
+        replay = bob.tool("nexus_poll", sessionId=session, after="0")["messages"]
+        self.assertEqual((len(replay), state.get(session, "cursor")), (2, "1"))
+        waiting = bob.start_tool("nexus_poll", sessionId=session, wait=30)
+        ada.tool("nexus_send", sessionId="review", text="more")
+        self.assertEqual([m["text"] for m in bob.text_of(waiting)["messages"]], ["more"])
+        self.assertEqual(bob.tool("nexus_sessions")["sessions"], [
+            {"sessionId": session, "alias": None, "agentId": "bob", "cursor": "2",
+             "server": self.s.url}])
+        bob.tool("nexus_leave", sessionId=session)
+        self.assertEqual((bob.tool("nexus_sessions")["sessions"], state.sessions()), ([], []))
+        self.assertEqual(ada.tool("nexus_status", sessionId="review")["agents"], ["ada"])
+        self.assertEqual(bob.tool("nexus_poll", True, sessionId=session)["error"],
+                         "missing_agent_id")
+
+    def test_channels_make_the_round_trip_and_a_large_answer_is_one_line(self):
+        text = "🦊\n" * 100000
+        sent = self.mcp.tool("tx_send", channel="a/b ü", content=text, metadata='{"a": 1}')
+        self.assertEqual([sent[name] for name in ("content", "sender", "metadata")],
+                         [text, "mcp", {"a": 1}])
+        self.assertEqual(self.mcp.tool("tx_inbox", channel="a/b ü")["messages"], [sent])
+        self.mcp.tool("tx_ack", id=sent["id"])
+        self.assertEqual(self.mcp.tool("tx_ack", True, id=sent["id"])["error"],
+                         "message_already_acked")
+        self.assertEqual(self.mcp.tool("tx_ask", True, channel="a", content="x",
+                                       timeoutSeconds=0)["error"], "no_reply")
+
+    def test_huge_split_and_broken_lines_do_not_stop_it(self):
+        for line, code in ((b"not json\n", -32700), (b"\xff\xfe\n", -32700),
+                           (b'"' + b"x" * (nexus.MCP_LINE + 9) + b'"\n', -32700),
+                           (b"[]\n", -32600), (b"1\n", -32600)):
+            count = len(self.mcp.find(None)) + 1
+            self.mcp.write(line)
+            self.assertEqual(self.mcp.answer(None, count)["error"]["code"], code, line[:20])
+        self.mcp.write(b"\n  \r\n")
+        self.mcp.write({"method": "notifications/initialized"})
+        whole = b'{"jsonrpc":"2.0","id":"split","method":"ping"}\r\n'
+        self.mcp.write(whole[:20])
+        time.sleep(0.05)
+        self.mcp.write(whole[20:])
+        self.assertEqual(self.mcp.answer("split")["result"], {})
+
+    def test_a_call_that_waits_holds_up_nothing(self):
+        _, number, send = self.waiting_poll()
+        self.assertEqual(self.mcp.rpc("ping"), {})
+        self.assertEqual(self.mcp.tool("tx_outbox_pending", channel="x")["count"], 0)
+        self.assertEqual(self.mcp.find(number), [])
+        send("now")
+        self.assertEqual(self.mcp.text_of(number)["messages"][0]["text"], "now")
+
+    def test_the_ids_1_and_text_1_are_two_requests(self):
+        _, number, send = self.waiting_poll(7000001)
+        self.mcp.start("ping", number=str(number))
+        self.assertEqual(self.mcp.answer(str(number))["result"], {})
+        send("now")
+        self.assertEqual(self.mcp.text_of(number)["messages"][0]["text"], "now")
+
+    def test_a_cancelled_poll_is_not_answered_and_does_not_take_the_message_with_it(self):
+        session, number, send = self.waiting_poll()
+        state = nexus.State(self.home)
+        state.put(session, "agent", "bob")
+        self.cancel(number)
+        send("important")
+        eventually(lambda: state.get(session, "cursor"), 0.2)       # which must not move
+        self.assertEqual([m["text"] for m in self.mcp.tool("nexus_poll", sessionId=session)[
+            "messages"]], ["important"])
+        self.assertEqual(self.mcp.find(number), [])
+
+    def test_state_without_an_agent_is_a_refusal_and_no_fault(self):
+        session, keys = self.s.session()
+        nexus.State(self.home).put(session, "key", keys["ada"])
+        self.assertEqual(self.mcp.tool("nexus_poll", True, sessionId=session)["error"],
+                         "missing_agent_id")
+
+    def test_when_the_input_ends_it_finishes_what_runs_and_ends_well(self):
+        mcp, _ = self.other()
+        session, _ = self.s.session()
+        number = mcp.start_tool("nexus_poll", sessionId=session, agentId="ada", wait=1)
+        mcp.write(b'{"jsonrpc":"2.0","id":"half')
+        self.assertEqual(mcp.end(), 0)
+        self.assertEqual(mcp.text_of(number)["messages"], [])
+        self.assertEqual(mcp.answer(None)["error"]["code"], -32700)
+
+
+# ----------------------------------------------------------------------------------------
+# Descriptions
+#
+# The OpenAPI document says of every operation what it takes and gives, and what the server gives
+# is what the document says. Client, command line and tools are held against the same table.
+# ----------------------------------------------------------------------------------------
+
+KINDS = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float),
+         "boolean": bool, "null": type(None)}
+
+
+def misfits(value, schema, document, place="$"):
+    """Where a value breaks a JSON Schema (of the words that our document uses), as a list."""
+    if "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    kinds = schema.get("type", list(KINDS))
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if not any(isinstance(value, KINDS[kind]) and (kind == "boolean") == isinstance(value, bool)
+               for kind in kinds):
+        return ["%s: %r is not %s" % (place, value, kinds)]
+    found = []
+    if isinstance(value, dict):
+        found += ["%s.%s is missing" % (place, name) for name in schema.get("required", ())
+                  if name not in value]
+        for name, inner in schema.get("properties", {}).items():
+            if name in value:
+                found += misfits(value[name], inner, document, place + "." + name)
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            found += misfits(item, schema.get("items", {}), document, "%s[%d]" % (place, number))
+    return found
+
+
+class Recorder(nexus.Client):
+    """A client that talks to nobody and notes which operations it would have called."""
+
+    reached = set()
+
+    def request(self, method, path, *_, **__):
+        """Note the operation; the answer has something for everybody."""
+        self.reached.add(nexus.find(method, path)[0].name)
+        message = dict(dict.fromkeys(FIELDS + LEASE_FIELDS, "x"), id=1, metadata={}, attempts=1)
+        return dict(message, message=message, messages=[message], count=1, ackedCount=1,
+                    expired=0, acked=0)
+
+
+class Descriptions(ServerCase):
+    """GET /openapi.json, and what else is derived from or held against the operations."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.document = cls.s.call("GET", "/openapi.json").json
+        cls.rows = {(method, path): row for path, item in cls.document["paths"].items()
+                    for method, row in item.items()}
+
+    @staticmethod
+    def key(entry):
+        """An operation's key in self.rows."""
+        return entry.method.lower(), re.sub(r"\w+(?=})", lambda m: nexus.camel(m.group()),
+                                            entry.path)
+
+    def test_the_document_is_openapi_3_1(self):
+        self.assertRegex(self.document["openapi"], r"^3\.1\.\d+$")
+        self.assertTrue(self.document["info"]["title"] and self.document["info"]["version"])
+        self.assertEqual(len({row["operationId"] for row in self.rows.values()}), len(self.rows))
+        schemes = set(self.document["components"]["securitySchemes"])
+        for (method, path), row in self.rows.items():
+            with self.subTest(path=path, method=method):
+                self.assertRegex(method + path, r"^(get|put|post|delete)/")
+                places = [(p["in"], p["name"].lower()) for p in row["parameters"]]
+                self.assertEqual(len(places), len(set(places)))
+                self.assertEqual(sorted(p["name"] for p in row["parameters"] if p["in"] == "path"),
+                                 sorted(re.findall(r"{([^}]+)}", path)))
+                for p in row["parameters"]:
+                    self.assertIn((p["in"], p["required"]), (
+                        ("path", True), ("query", False), ("header", True), ("header", False)))
+                    self.assertIn(p["schema"]["type"], KINDS)
+                for status, answer in row["responses"].items():
+                    self.assertRegex(status, r"^([1-5]\d\d|default)$")
+                    self.assertTrue(answer["description"])
+                self.assertLessEqual({name for rule in row.get("security", ()) for name in rule},
+                                     schemes)
+                self.assertTrue(row.get("requestBody", row)["content" if "requestBody" in row
+                                                            else "responses"])
+
+    def test_every_reference_resolves_and_every_schema_is_used(self):
+        references = re.findall(r'"\$ref": "(.*?)"', json.dumps(self.document))
+        self.assertEqual(set(references), {"#/components/schemas/" + name for name in
+                                           self.document["components"]["schemas"]})
+
+    def test_every_operation_with_a_path_is_described(self):
+        wanted = {self.key(entry) for entry in nexus.OPERATIONS if entry.path}
+        self.assertEqual(wanted ^ set(self.rows), {("post", "/mcp")}, "JSON-RPC describes itself")
+
+    def test_the_checker_finds_what_does_not_fit(self):
+        good = self.s.call("POST", "/api/messages", {"channel": "c", "content": "x"}).json
+        schema = {"$ref": "#/components/schemas/Message"}
+        self.assertEqual(misfits(good, schema, self.document), [])
+        for bad in (dict(good, id="1"), dict(good, id=True), dict(good, metadata=[]),
+                    dict(good, ackedAt=1), dict(good, redacted=[1]), {"id": 1}, [good], None):
+            self.assertTrue(misfits(bad, schema, self.document), bad)
+
+    def test_what_the_server_answers_fits_what_the_document_says(self):
+        visited = set()
+
+        def call(method, path, *args, **values):
+            answer = self.s.call(method, path, *args, **values)
+            key = self.key(nexus.find(method, path.partition("?")[0])[0])
+            responses = self.rows[key]["responses"]
+            described = responses.get(str(answer.status), responses["default"])["content"]
+            kind = answer.headers["content-type"].split(";")[0]
+            self.assertIn(kind, described, key)
+            self.assertEqual(misfits(answer.json, described[kind].get("schema", {}),
+                                     self.document), [], key)
+            if answer.status < 300:
+                visited.add(key)
+            return answer.json
+        made = call("PUT", "/v1/sessions", {"creatorAgentId": "ada", "greeting": SECRET})
+        call("PUT", "/v1/sessions")
+        base = "/v1/sessions/" + made["sessionId"]
+        call("GET", base)
+        call("POST", base + "/join", agent="bob")
+        call("POST", base + "/messages", {"text": SECRET, "json": [1]}, "ada", made["sessionKey"])
+        call("GET", base + "/messages?members=true", agent="bob")
+        call("POST", base + "/renew", agent="bob")
+        code = call("PUT", "/v1/pair", {"sessionId": made["sessionId"]})["code"]
+        for path in ("/v1/pair/%s/status", "/v1/pair/%s/skill", "/p/%s"):
+            call("GET", path % code)
+        key = call("POST", "/v1/pair/%s/claim" % code, agent="cy")["sessionKey"]
+        call("DELETE", base + "/agents/cy", agent="cy", key=key)
+        for path in ("/", "/health", "/v1/stats", "/metrics", "/openapi.json"):
+            call("GET", path)
+        sent = call("POST", "/api/messages", {"channel": "d", "content": SECRET, "taskId": "t"})
+        inbox, on = "/api/messages/inbox/d", "/api/messages/%d/" % sent["id"]
+        held, = call("POST", inbox + "/lease", {"consumer": "w"})["messages"]
+        token = {"leaseToken": held["leaseToken"]}
+        call("POST", on + "extend", dict(token, leaseSeconds=9))
+        call("POST", on + "release", token)
+        for path in (inbox, inbox + "/dead", inbox + "/count"):
+            call("GET", path)
+        for path, body in ((on + "revive", None), (on + "reply", {"content": "re"}),
+                           (inbox + "/ack", None), ("/api/messages/inbox/api/lease",
+                                                    {"consumer": "w"}),
+                           ("/api/messages/%d/ack" % (sent["id"] + 1), None),
+                           ("/api/messages/gc", {"ackedOlderThanHours": 0})):
+            call("POST", path, body)
+        for method, path, body in (("POST", "/api/messages", {}), ("GET", base + "/messages", None),
+                                   ("POST", on + "ack", {}), ("GET", "/v1/pair/x/status", None)):
+            self.assertIn("error", call(method, path, body))
+        self.assertEqual(visited, set(self.rows))
+
+    def test_every_operation_has_a_client_method_or_a_tool(self):
+        client, Recorder.reached = Recorder(self.s.url), set()
+        for owner, others in ((client, {"request", "perform"}),
+                              (client.messages, {"ask", "resume_command"})):
+            for name in set(dir(owner)) - others:
+                method = getattr(owner, name)
+                if callable(method) and not name.startswith("_"):
+                    code, defaults = method.__code__, method.__defaults__ or ()
+                    method(*["1"] * (code.co_argcount - 1 - len(defaults)))
+        self.assertEqual({entry.name for entry in nexus.OPERATIONS if not entry.tool}
+                         - Recorder.reached, {"metrics", "openapi", "home_page", "code_page",
+                                              "short_code_page", "mcp_endpoint"})
+
+    def test_every_channel_operation_has_a_verb_whose_example_works(self):
+        real, home, Recorder.reached = nexus.Client, os.environ.get("HOME", ""), set()
+        nexus.Client, os.environ["HOME"] = Recorder, self.folder()
+        try:
+            for name, verb in nexus.VERBS.items():
+                if name.startswith("tx ") and name != "tx ask":     # which waits
+                    with contextlib.redirect_stdout(io.StringIO()) as out, \
+                            contextlib.redirect_stderr(io.StringIO()):
+                        self.assertFalse(nexus.run(nexus.shlex.split(verb.example)), name)
+                    self.assertTrue(out.getvalue(), name)
+        finally:
+            nexus.Client, os.environ["HOME"] = real, home
+        self.assertEqual(Recorder.reached, {entry.name for entry in nexus.OPERATIONS if entry.api})
+        self.assertIn("tx ask", nexus.VERBS)
+
+    def test_every_session_operation_has_a_verb(self):
+        verbs = {"create_session": "create", "get_session": "status", "join_session": "join",
+                 "leave_session": "leave", "renew_session": "renew", "send_message": "send",
+                 "poll_messages": "poll", "create_code": "pair", "claim_code": "claim",
+                 "code_status": "pair-status", "code_page": "skill"}
+        self.assertLessEqual(set(verbs.values()), set(nexus.VERBS))
+        self.assertEqual(set(verbs), {entry.name for entry in nexus.OPERATIONS if re.match(
+            "/v1/(sessions|pair)", entry.path or "")})
+
+
+# ----------------------------------------------------------------------------------------
+# The command line, called where it stands
+#
+# A verb is a process to its user. Most are tested without one, twenty times as fast: main() with
+# an argv, a home, an environment and three streams of its own; whatever it raises fails the test,
+# so each of these tests also says: no traceback. What only a process can show (signals, pipes,
+# code pages, kill -9) is shown by processes, further down.
+# ----------------------------------------------------------------------------------------
+
+ELEVEN = ["id", "channel", "sender", "content", "status", "correlationId", "taskId", "metadata",
+          "createdAt", "ackedAt", "expiresAt"]
+DEAD_URL = "http://127.0.0.1:9"         # the discard port: nobody listens there
+GONE, SILENT = "aa" * 24, "bb" * 24     # ids of sessions that no server knows
+BASH = shutil.which("bash")
+IN_BASH = 'nexus.py() { "$PYTHON" "$NEXUS" "$@"; }\ntx() { nexus.py tx "$@"; }\n'
+
+
+@contextlib.contextmanager
+def swapped(owner, name, value):
+    """owner.name is `value` for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+class Stream(io.TextIOWrapper):
+    """A standard stream in memory; `tty` says whether it is a terminal."""
+
+    def __init__(self, text="", tty=False):
+        super().__init__(io.BytesIO(text.encode("utf-8")), "utf-8")
+        self.isatty = lambda: tty
+
+
+def run_here(home, *words, input="", url=None, tty=False, **environ):
+    """run_nexus() without the process: a Ran. The client's pauses between tries are short."""
+    if url:
+        environ["NEXUS_URL"] = url
+    before, environ = dict(os.environ), clean_environment(home, **environ)
+    out, err = Stream(tty=tty), Stream()
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+                (sys, "argv", ["nexus.py"] + [str(word) for word in words]), (sys, "stdout", out),
+                (sys, "stderr", err), (sys, "stdin", Stream(input)),
+                (nexus, "CLIENT_BACKOFF", 0.001)):
+            stack.enter_context(swapped(owner, name, value))
+        stack.callback(os.environ.update, before)
+        stack.callback(os.environ.clear)
+        os.environ.clear()
+        os.environ.update(environ)
+        try:
+            code = nexus.main()
+        except SystemExit as end:       # argparse ends --help this way
+            code = end.code or 0
+        out.flush(), err.flush()
+    out, err = [stream.buffer.getvalue().decode("utf-8") for stream in (out, err)]
+    try:
+        return Ran(code, out, err, json.loads(out))
+    except ValueError:
+        return Ran(code, out, err, None)
+
+
+class Fake:
+    """Somebody else's server: answer(request line) gives JSON, bytes, or None for silence."""
+
+    def __init__(self, case, answer):
+        self._answer, self.requests = answer, []
+        self._sock = socket.create_server(("127.0.0.1", 0), backlog=16)
+        self.url = "http://127.0.0.1:%d" % self._sock.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+        case.addCleanup(self._stop)
+
+    def _stop(self):
+        with contextlib.suppress(OSError), self._sock:
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self):
+        with contextlib.suppress(OSError):      # until it is shut down
+            while True:
+                sock = self._sock.accept()[0]
+                threading.Thread(target=self._talk, args=(sock,), daemon=True).start()
+
+    def _talk(self, sock):
+        with contextlib.suppress(OSError), sock, sock.makefile("rb") as stream:
+            lines = [line.decode() for line in iter(stream.readline, b"\r\n")]
+            length = re.search(r"(?i)content-length: (\d+)", "".join(lines))
+            body = json.loads(stream.read(int(length[1]))) if length else None
+            self.requests.append((lines[0].split()[0], body))
+            found = self._answer(lines[0])
+            if found is None:
+                stream.read()                   # says nothing until the client has gone
+            else:
+                raw = found if isinstance(found, bytes) else json.dumps(found).encode()
+                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw)
+
+
+class CliCase(ServerCase):
+    """A test that runs verbs, from a home of its own, against the server of its class."""
+
+    def setUp(self):
+        self.home = self.folder()
+
+    def cli(self, *words, **more):
+        """Run a verb here: a Ran."""
+        return run_here(more.pop("home", self.home), *words, **dict({"url": self.s.url}, **more))
+
+    def ok(self, *words, **more):
+        """The verb succeeds and prints one JSON document, which is returned."""
+        ran = self.cli(*words, **more)
+        self.assertEqual((ran.code, ran.out.count("\n")), (0, 1), ran)
+        return json.loads(ran.out)
+
+    def no(self, error, *words, code=1, **more):
+        """The verb is refused: this error as JSON on stdout, its sentence on stderr. A Ran."""
+        ran = self.cli(*words, **more)
+        self.assertEqual((ran.code, (ran.json or {}).get("error"), ran.out.count("\n")),
+                         (code, error, 1), ran)
+        self.assertRegex(ran.json["message"], r"\w \w")
+        self.assertIn(ran.json["message"], ran.err)
+        return ran
+
+    def text(self, *words, **more):
+        """The `tx` verb succeeds; what it printed."""
+        ran = self.cli("tx", *words, **more)
+        self.assertEqual(ran.code, 0, ran)
+        return ran.out
+
+    def opened(self, *flags):
+        """A session whose creator is ada, in our home: its id."""
+        return self.ok("create", "--creator-agent-id", "ada", *flags)["sessionId"]
+
+    def kept(self, session_id, *names):
+        """The path of a session's folder, or of a file in it."""
+        return os.path.join(self.home, ".config", "messaging", "sessions", session_id, *names)
+
+    def keep(self, session_id, **values):
+        """Write state files as somebody else would, just as they are."""
+        os.makedirs(self.kept(session_id), exist_ok=True)
+        for name, value in values.items():
+            with open(self.kept(session_id, name), "w") as file:
+                file.write(value)
+
+    def texts(self, *words, **more):
+        """What a poll shows."""
+        return [row["text"] for row in self.ok("poll", *words, **more)["messages"]]
+
+
+# ----------------------------------------------------------------------------------------
+# Sessions by verb
+#
+# A conversation can be held with nothing but verbs, from two homes; each answer is the server's
+# JSON, alone on stdout, and each refusal an exit code and a JSON error that says what to do.
+# ----------------------------------------------------------------------------------------
+
+
+class SessionVerbs(CliCase):
+    """create status join leave pair claim pair-status send poll renew alias unalias."""
+
+    def test_two_homes_hold_a_conversation(self):
+        made = self.ok("create", "--ttl", 600, "--max-agents", 3, "--greeting", "Hello!",
+                       "--creator-agent-id", "ada")
+        self.assertEqual([made[name] for name in ("ttl", "maxAgents", "greeting", "state",
+                                                  "creatorAgentId")],
+                         [600, 3, "Hello!", "active", "ada"])
+        sid, bob = made["sessionId"], self.folder()
+        pair = self.ok("pair", sid)
+        self.assertEqual(pair["url"], "%s/p/%s" % (self.s.url, pair["code"]))
+        self.assertEqual(self.ok("pair-status", pair["code"].lower())["state"], "pending")
+        claimed = self.ok("claim", pair["code"], "--agent-id", "bob", home=bob)
+        self.assertEqual((claimed["status"], claimed["sessionId"]), ("claimed", sid))
+        self.assertEqual(self.ok("pair-status", pair["url"])["state"], "claimed")
+        self.no("code_expired_or_used", "claim", pair["code"], "--agent-id", "eve")
+        self.assertEqual(self.texts(sid, home=bob), ["Hello!"])
+        self.assertEqual(self.ok("send", sid, "Got", "it.", home=bob)["cursor"], "1")
+        got = self.ok("poll", sid, "--members")
+        self.assertEqual([(row["agentId"], row["text"], row["verified"], row["cursor"])
+                          for row in got["messages"]][1:], [("bob", "Got it.", True, "1")])
+        self.assertEqual([row["agentId"] for row in got["members"]], ["ada", "bob"])
+        self.assertEqual(self.texts(sid), [])
+        self.assertEqual(self.ok("renew", sid, "--ttl", 900)["ttl"], 900)
+        self.assertEqual(self.ok("status", sid)["agents"], ["ada", "bob"])
+        again = self.ok("join", sid, "--agent-id", "bob", home=bob)     # with his key: no harm
+        self.assertEqual(again["sessionKey"], claimed["sessionKey"])
+        self.no("agent_id_taken", "join", sid, "--agent-id", "bob")
+        self.assertEqual(self.ok("alias", sid, "review"),
+                         {"ok": True, "alias": "review", "sessionId": sid})
+        self.assertEqual(self.ok("unalias", "review"), {"ok": True, "removed": "review"})
+        self.ok("send", sid, "in her name", "--agent-id", "ada", home=bob)
+        self.assertFalse(self.ok("poll", sid)["messages"][0]["verified"])
+        self.assertTrue(self.ok("leave", sid, home=bob)["ok"])
+        self.no("forbidden", "leave", sid)                              # the creator stays
+        self.assertEqual(self.ok("status", sid)["agents"], ["ada"])
+
+    def test_any_text_arrives_as_it_was_written(self):
+        sid = self.opened()
+        for words, input, text in (
+                (["--odd"], "", "--odd"), (["-x", "--y", "z"], "", "-x --y z"), (["-5"], "", "-5"),
+                (["a", "b  c"], "", "a b  c"), (["--", "--json", "-"], "", "--json -"),
+                (["na\u00efve \u2603 \U0001f600"], "", "na\u00efve \u2603 \U0001f600"),
+                (["-"], "one\ntwo \u2603", "one\ntwo \u2603"), (["-", "b"], "no", "- b"),
+                (["a=b", "c"], "", "a=b c"), (["tx", "send"], "", "tx send")):
+            self.ok("send", sid, *words, input=input)
+            self.assertEqual(self.texts(sid), [text])
+
+    def test_a_message_is_text_or_json_or_both_and_a_key_makes_a_second_run_harmless(self):
+        sid = self.opened()
+        late = threading.Timer(0.1, self.s.send, (sid, "ada", "late"))
+        late.start()
+        self.assertEqual(self.texts(sid, "--wait", 20), ["late"])
+        self.ok("send", sid, "--json", '{"page": 3}')
+        ids = {self.ok("send", sid, "see", '--json=[1, "\u2603"]', "--strict", "this",
+                       "--idempotency-key", "k")["id"] for _ in range(3)}
+        self.assertEqual(len(ids), 1)
+        self.assertEqual([(row["text"], row["json"]) for row in self.ok("poll", sid)["messages"]],
+                         [("", {"page": 3}), ("see this", [1, "\u2603"])])
+        self.no("idempotency_key_reused", "send", sid, "other", "--idempotency-key", "k")
+
+    def test_an_older_server_gets_json_as_text_and_with_strict_nothing(self):
+        old = Fake(self, lambda line: {"status": "healthy", "version": "0.7"}
+                   if "/health" in line else {"ok": True, "id": "msg_1", "cursor": "1"})
+        words = ["send", GONE, "see", "--json", '{"page":3}', "--agent-id", "ada"]
+        self.no("json_unsupported", *(words + ["--strict"]), url=old.url)
+        self.assertEqual(old.requests, [("GET", None)])
+        self.assertIn("does not take json", self.cli(*words, url=old.url).err)
+        self.assertEqual(old.requests[1:], [("GET", None), ("POST", {"text": 'see {"page":3}'})])
+
+    def test_a_refusal_is_the_servers_json_and_exit_1(self):
+        found = self.no("invalid_request", "create", "--ttl", 0, "--max-agents", 99999).json
+        self.assertEqual({row["field"] for row in found["details"]}, {"ttl", "maxAgents"})
+        sid = self.s.session()[0]
+        for error, words in (
+                ("session_not_found", "status %s" % GONE), ("session_not_found", "pair " + GONE),
+                ("session_not_found", "join %s --agent-id a" % GONE),
+                ("session_not_found", "alias %s name" % GONE), ("alias_not_found", "unalias no"),
+                ("code_not_found", "pair-status PEARL-FOCAL-00000"),
+                ("forbidden", "poll %s --agent-id eve" % sid),
+                ("invalid_request", "poll %s --agent-id ada --after x" % sid),
+                ("missing_session_key", "leave %s --agent-id ada" % sid)):
+            self.no(error, *words.split())
+        for words in (["join", sid], ["claim", "PEARL-FOCAL-S5SJV"], ["send", sid, "hi"],
+                      ["poll", sid], ["renew", sid], ["leave", sid]):
+            self.assertIn("--agent-id", self.no("missing_agent_id", *words).json["message"])
+
+
+class Refusals(CliCase):
+    """What makes no sense is exit 2; a server that is not there is exit 1; both are JSON."""
+
+    def test_wrong_usage_is_exit_2_and_json(self):
+        for words in ([], ["nonsense"], ["create", "--nope"], ["status"], ["status", "a", "b"],
+                      ["create", "--ttl"], ["create", "--ttl", "soon"], ["alias", "a"],
+                      ["poll", "x", "--wait", "1.5"], ["config", "set-url"], ["config", "paint"],
+                      ["help", "nonsense"], ["serve", "now"], ["send", "x", "--agent-id", "a"],
+                      ["send", "x", "--agent-id", "a", "--json", "{"], ["ls", "--json", "x"]):
+            with self.subTest(words):
+                self.no("usage", *words, code=2)
+        self.keep(GONE, agent="a")
+        self.no("usage", "ls", NEXUS_STATUS_TIMEOUT="soon", code=2)
+        self.no("usage", "status", "x", NEXUS_HTTP_TIMEOUT="soon", code=2)
+
+    def test_wrong_usage_of_tx_keeps_stdout_for_results(self):
+        for words in ([], ["nonsense"], ["send", "builds"], ["ack", "x"], ["lease", "jobs"], ["ask", "jobs"],
+                      ["send", "c", "x", "--metadata", "{"], ["inbox", "c", "--limit", "few"]):
+            ran = self.cli("tx", *words)
+            self.assertEqual((ran.code, ran.out), (2, ""), ran)
+            self.no("usage", "tx", *words, "--json", code=2)
+
+    def test_a_server_that_is_not_there_is_named_with_the_way_to_start_one(self):
+        self.keep(GONE, agent="ada\n", key="k\n")
+        for words in (["create"], ["status", "x"], ["poll", GONE], ["send", GONE, "x"],
+                      ["pair-status", "x"], ["bind", "x"], ["skill", "PEARL-FOCAL-S5SJV"],
+                      ["tx", "inbox", "c", "--json"]):
+            ran = self.no("unreachable", *words, url=DEAD_URL)
+            self.assertIn(DEAD_URL, ran.json["message"])
+            self.assertIn("python3 nexus.py serve", ran.err)
+        ran = self.cli("tx", "inbox", "c", url=DEAD_URL)
+        self.assertEqual((ran.code, ran.out), (1, ""))
+        self.assertIn("python3 nexus.py serve", ran.err)
+        for url in ("ftp://x", "http://", "http://a b", "127.0.0.1:x"):
+            self.assertIn("http://127.0.0.1:3456",
+                          self.no("invalid_url", "create", "--url", url).json["message"])
+
+    def test_somebody_elses_server_is_no_traceback(self):
+        self.keep(GONE, agent="ada\n", key="k\n")
+        for answer in ({}, [], "text", b"<html>"):
+            other = Fake(self, lambda line, answer=answer: answer)
+            for words in (["create"], ["poll", GONE], ["tx", "inbox", "c", "--json"],
+                          ["claim", "x", "--agent-id", "a"], ["doctor"]):
+                with self.subTest(answer=answer, words=words):
+                    ran = self.cli(*words, "--url", other.url)
+                    self.assertEqual((ran.code, ran.json is None), (1, False), ran)
+
+    def test_keys_and_tokens_are_no_arguments_of_a_client_and_stay_off_the_open_network(self):
+        for name in set(nexus.VERBS) - {"serve"}:
+            named = {flag for flag in nexus.flags_of(name) if re.search("key|token|secret", flag)}
+            self.assertLessEqual(named, {"--lease-token", "--idempotency-key"}, name)
+        self.keep(GONE, agent="ada\n", key="k\n")
+        for value in ("", "0", "false", "no"):
+            self.no("insecure_transport", "send", GONE, "x", url="http://192.0.2.1:9",
+                    NEXUS_INSECURE=value, NEXUS_HTTP_TIMEOUT="0.05")
+
+
+# ----------------------------------------------------------------------------------------
+# Flags and help
+#
+# A flag may stand before the verb, behind it or in its middle; --help always ends with a line
+# that works. Both are checked for every verb and every flag of the table, not for samples.
+# ----------------------------------------------------------------------------------------
+
+
+def parsed_words(words):
+    """(verb, the values of its flags and arguments) of a command line."""
+    name, rest = nexus.find_verb(words)
+    return name, vars(nexus.make_parser(name).parse_args(nexus.arrange(name, rest)))
+
+
+class FlagsAndHelp(CliCase):
+    """The table of verbs, whole."""
+
+    def test_every_flag_of_every_verb_may_stand_anywhere(self):
+        for name, verb in nexus.VERBS.items():
+            arguments = ["7" if "ID" in word else "x" for word in verb.arguments.split()]
+            words = name.split()
+            for flag, row in nexus.flags_of(name).items():
+                given, wanted = ([flag], True) if row.kind is bool else ([flag, "5"], row.kind("5"))
+                for line in (words + arguments + given, words + given + arguments,
+                             given + words + arguments, words[:1] + given + words[1:] + arguments):
+                    with self.subTest(line):
+                        found, values = parsed_words(line)
+                        self.assertEqual((found, values[flag[2:].replace("-", "_")]),
+                                         (name, wanted))
+        self.assertEqual(parsed_words(["create", "--greeting=--hi"])[1]["greeting"], "--hi")
+        self.assertEqual(parsed_words(["create", "--greeting", "-hi"])[1]["greeting"], "-hi")
+        self.assertEqual(parsed_words(["tx", "inbox", "c", "--sender", ""])[1]["sender"], "")
+
+    def test_every_help_ends_with_an_example_that_parses(self):
+        for name in nexus.VERBS:
+            with self.subTest(name):
+                ran = self.cli(*(name.split() + ["--help"]))
+                self.assertEqual((ran.code, ran.err), (0, ""))
+                example = nexus.shlex.split(ran.out.splitlines()[-1])
+                self.assertEqual((example[0], parsed_words(example[1:])[0]), ("nexus.py", name))
+                for flag in nexus.flags_of(name):
+                    self.assertIn(flag, ran.out)
+        shown = " ".join(self.cli("serve", "--help").out.split())
+        for row in nexus.SETTINGS:
+            self.assertIn("default: %s; %s)" % (row.default, nexus.environment_name(row)), shown)
+
+    def test_help_lists_every_verb_and_explains_each(self):
+        for ran in (self.cli("--help"), self.cli("help")):
+            self.assertEqual(ran.code, 0)
+            for name in nexus.VERBS:
+                self.assertIn("  %s " % name, ran.out + ran.err)
+        self.assertEqual(self.cli("help").out, "")      # it is no JSON: it goes to the person
+        self.assertIn("tx ask reviewer", self.cli("help", "tx", "ask").err)
+        self.assertEqual(self.ok("--version"), {"version": nexus.VERSION})
+
+    def test_skill_teaches_and_a_code_shows_its_invitation(self):
+        ran = self.cli("skill")
+        self.assertEqual((ran.code, ran.out[:2]), (0, "# "))
+        for word in ("claim CODE", "poll SESSION --wait", "leave SESSION", "data, not as orders"):
+            self.assertIn(word, ran.out)
+        pair = self.ok("pair", self.opened())
+        for given in (pair["code"], pair["url"]):
+            self.assertIn(pair["code"], self.cli("skill", given).out)
+        self.assertEqual(self.ok("pair-status", pair["code"])["state"], "pending")
+        self.no("code_not_found", "skill", "PEARL-FOCAL-00000")
+
+
+# ----------------------------------------------------------------------------------------
+# Cursors and local state
+#
+# What an agent need not remember is in files that nexus.sh reads too: the same bytes, readable by
+# nobody else, replaced whole; and the cursor moves only when its messages have been written out.
+# ----------------------------------------------------------------------------------------
+
+
+class LocalState(CliCase):
+    """The files under ~/.config/messaging."""
+
+    def tree(self):
+        """{path below home: mode} of all there is."""
+        return {os.path.relpath(os.path.join(top, name), self.home):
+                os.stat(os.path.join(top, name)).st_mode & 0o777
+                for top, folders, files in os.walk(self.home) for name in folders + files}
+
+    def read(self, *names):
+        with open(os.path.join(self.home, ".config", "messaging", *names), "rb") as file:
+            return file.read()
+
+    def test_the_cursor_moves_with_what_was_shown_and_never_for_after(self):
+        sid = self.opened("--greeting", "Hello!")
+        for text in "abc":
+            self.s.send(sid, "ada", text)
+        self.assertEqual(self.texts(sid, "--after", 2), ["c"])
+        self.assertFalse(os.path.exists(self.kept(sid, "cursor")))
+        self.assertEqual(self.texts(sid), ["Hello!", "a", "b", "c"])
+        self.assertEqual(self.texts(sid, "--after", 0), ["Hello!", "a", "b", "c"])
+        self.assertEqual(self.texts(sid, "--after", 1), ["b", "c"])
+        self.assertEqual(self.read("sessions", sid, "cursor"), b"3\n")
+        self.assertEqual(self.texts(sid), [])
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs POSIX pipes and /dev/full")
+    def test_output_that_nobody_takes_loses_nothing(self):
+        sid = self.opened("--greeting", "Hello!")
+        self.s.send(sid, "ada", "a")
+        for words in (["poll", sid], ["poll-all"]):
+            reader, broken = os.pipe()
+            os.close(reader)
+            for out in (broken, os.open("/dev/full", os.O_WRONLY)):
+                with self.subTest(words=words, full=out != broken):
+                    done = subprocess.run(
+                        [sys.executable, NEXUS] + words, env=clean_environment(self.home),
+                        stdout=out, stderr=subprocess.PIPE, timeout=60)
+                    os.close(out)
+                    self.assertEqual(done.returncode, 1)
+                    self.assertNotRegex(done.stderr, b"Traceback|Exception ignored")
+                    self.assertFalse(os.path.exists(self.kept(sid, "cursor")))
+        self.assertEqual(self.texts(sid), ["Hello!", "a"])
+
+    @unittest.skipUnless(os.name == "posix", "Windows keeps no such modes")
+    def test_bytes_and_modes_are_those_of_nexus_sh_under_any_umask(self):
+        self.addCleanup(os.umask, os.umask(0))
+        made = self.ok("create", "--creator-agent-id", "ada")
+        sid = made["sessionId"]
+        self.ok("poll", sid)
+        self.ok("alias", sid, "review")
+        self.ok("config", "set-url", self.s.url + "/")
+        for name, value in (("agent", "ada"), ("key", made["sessionKey"]), ("cursor", "0"),
+                            ("server", self.s.url)):
+            self.assertEqual(self.read("sessions", sid, name), value.encode() + b"\n")
+        self.assertEqual(json.loads(self.read("aliases.json")), {"review": sid})
+        self.assertEqual(json.loads(self.read("config.json"))["serverUrl"], self.s.url)
+        self.assertEqual(len(self.tree()), 10)          # and no draft was left behind
+        for path, mode in self.tree().items():
+            folder = os.path.isdir(os.path.join(self.home, path))
+            self.assertEqual(oct(mode), oct(0o700 if folder else 0o600), path)
+
+    def test_a_file_is_replaced_whole_or_not_at_all(self):
+        state, seen, really = nexus.State(self.home), [], os.replace
+        state.put("s", "cursor", "1")
+
+        def replace(draft, path):
+            with open(draft) as new, open(path) as old:
+                seen.append((new.read(), old.read(), os.path.dirname(draft)))
+            really(draft, path)
+        with swapped(os, "replace", replace):
+            state.put("s", "cursor", "2")
+        self.assertEqual((seen, state.get("s", "cursor")), ([("2\n", "1\n", self.kept("s"))], "2"))
+
+    def test_an_alias_stands_wherever_a_session_id_does_and_leave_removes_it(self):
+        sid = self.s.session()[0]
+        more = {"alias": ["again"], "send": ["hi"], "join": ["--agent-id", "bob"]}
+        self.ok("join", sid, "--agent-id", "bob")
+        self.ok("alias", sid, "review")
+        for name, verb in nexus.VERBS.items():
+            if verb.arguments.startswith("SESSION") and name not in ("leave", "heartbeat",
+                                                                     "poll-daemon"):
+                self.ok(name, "review", *more.get(name, []))
+        self.assertEqual(self.ok("status", "again")["sessionId"], sid)
+        self.assertTrue(self.ok("leave", "review")["ok"])
+        self.assertFalse(os.path.exists(self.kept(sid)))
+        self.assertEqual(nexus.State(self.home).aliases(), {})
+
+    def test_leave_forgets_what_the_server_has_forgotten(self):
+        sid, _ = self.s.session(("ada", "bob"))
+        for session, agent in ((GONE, "ada"), (sid, "ghost")):
+            self.keep(session, agent=agent + "\n", key="c0" * 32 + "\n")
+            self.ok("alias", session, "gone")
+            self.ok("leave", "gone")
+            self.assertFalse(os.path.exists(self.kept(session)))
+            self.assertEqual(nexus.State(self.home).aliases(), {})
+        self.keep(sid, agent="bob\n", key="c0" * 32 + "\n")     # in it, but this is not his key
+        self.no("invalid_session_key", "leave", sid)
+        self.assertTrue(os.path.exists(self.kept(sid, "key")))
+
+    def test_state_written_by_others_is_read(self):
+        sid, keys = self.s.session()
+        self.keep(sid, agent="ada", key=keys["ada"])            # without a newline, and no server
+        with open(os.path.join(self.home, ".config", "messaging", "aliases.json"), "w") as file:
+            json.dump({"review": sid, "z": "gone"}, file, indent=2)
+        self.ok("send", "review", "hi")
+        self.assertTrue(self.ok("poll", "review", url=DEAD_URL)["messages"][0]["verified"])
+        self.keep("notes.bak"), self.keep("old copy")           # what people leave lying about
+        for verb in ("ls", "poll-all", "poll-status", "doctor"):
+            self.assertIn(sid, self.cli(verb).out)
+
+    def test_a_session_name_cannot_lead_out_of_its_folder(self):
+        self.opened()
+        before, more = self.tree(), {"send": ["hi", "--agent-id", "a"], "alias": ["y"]}
+        more.update(dict.fromkeys(("join", "poll", "leave", "renew"), ["--agent-id", "a"]))
+        for name in ("../../x", "..", ".", "a/b", "/etc", "a\\b", "a\0b", "x" * 200):
+            for verb, row in nexus.VERBS.items():
+                if row.arguments.startswith("SESSION") and verb not in ("poll-daemon", "heartbeat"):
+                    self.no("session_not_found", verb, name, *more.get(verb, []))
+        self.assertEqual(self.tree(), before)
+
+    def test_broken_unwritable_or_missing_state_is_a_sentence(self):
+        root = os.path.join(self.home, ".config", "messaging")
+        os.makedirs(root)
+        for name in ("aliases.json", "config.json"):
+            for text in (b"{", b"[]", b"\xff"):
+                with open(os.path.join(root, name), "wb") as file:
+                    file.write(text)
+                self.assertIn(name, self.no("broken_state", "status", "x", url="").out)
+                os.remove(os.path.join(root, name))
+        os.rmdir(root)
+        with open(root, "w"):
+            pass                        # a file stands where the folder should be
+        ran = self.cli("config", "set-url", self.s.url)
+        self.assertEqual(ran.code, 1, ran)
+        self.assertIn(root, ran.json["message"])
+        with swapped(os.path, "expanduser", lambda path: path):
+            self.assertIn("HOME", self.no("no_home", "create").json["message"])
+
+
+# ----------------------------------------------------------------------------------------
+# Which server, and how are they all?
+#
+# --url, then the session's own server, then NEXUS_URL, then the saved one, then the default. ls
+# and doctor ask all servers at once and tell an unknown session from a silent server.
+# ----------------------------------------------------------------------------------------
+
+
+class Servers(CliCase):
+    """config bind claim ls poll-all poll-status doctor."""
+
+    def test_the_order_is_flag_session_environment_config_default(self):
+        def shown(*words, url=None):
+            found = self.ok("config", "show", *words, url=url)
+            return found["serverUrl"], found["source"]
+        self.assertEqual(shown(), ("http://127.0.0.1:3456", "default"))
+        self.assertEqual(self.ok("config", "set-url", "HTTP://Config.Example:81/x/")["serverUrl"],
+                         "http://config.example:81/x")
+        self.assertEqual(shown(), ("http://config.example:81/x", "config"))
+        self.assertEqual(shown(url=DEAD_URL), (DEAD_URL, "env NEXUS_URL"))
+        self.assertEqual(shown("--url", "http://flag", url=DEAD_URL), ("http://flag", "--url"))
+        self.ok("config", "unset")
+        self.assertEqual(shown()[1], "default")
+        self.no("invalid_url", "config", "set-url", "nonsense")
+        sid = self.opened()
+        self.assertTrue(self.ok("send", sid, "follows its server", url=DEAD_URL)["ok"])
+        self.no("unreachable", "send", sid, "x", "--url", DEAD_URL)
+
+    def test_bind_and_a_pasted_link_choose_the_server(self):
+        sid, _ = self.s.session()
+        self.no("session_not_found", "bind", GONE)
+        self.assertEqual(self.ok("bind", sid, "--url", self.s.url, url=DEAD_URL),
+                         {"ok": True, "sessionId": sid, "server": self.s.url})
+        link = "%s/p/%s" % (self.s.url, self.ok("pair", sid, url=DEAD_URL)["code"].lower())
+        self.assertEqual(self.ok("claim", link, "--agent-id", "bob", url=DEAD_URL,
+                                 home=self.folder())["status"], "claimed")
+
+    def test_ls_tells_active_gone_silent_and_broken_apart(self):
+        broken, sid = Fake(self, lambda line: b"<html>"), self.opened()
+        self.ok("alias", sid, "review")
+        self.keep(GONE, agent="x\n", server=self.s.url + "\n")
+        self.keep(SILENT, agent="y\n", server=DEAD_URL + "\n", cursor="7\n")
+        self.keep("cc" * 24, agent="z\n", server=broken.url + "\n")
+        rows = {row["sessionId"]: row for row in self.ok("ls", "--json", url="")["sessions"]}
+        self.assertEqual({sid: row["status"] for sid, row in rows.items()}, {
+            sid: "active", GONE: "not_found", SILENT: "unreachable", "cc" * 24: "error"})
+        self.assertEqual(rows[sid], {"sessionId": sid, "alias": "review", "agentId": "ada",
+                                     "status": "active", "server": self.s.url, "cursor": None})
+        self.assertEqual((rows[SILENT]["cursor"], rows[SILENT]["alias"]), ("7", None))
+        self.assertEqual({row["status"] for row in self.ok("ls", "--active")["sessions"]},
+                         {"active", "unreachable"})
+        ran = self.cli("ls", tty=True)
+        self.assertEqual(len(ran.json["sessions"]), 4)
+        self.assertRegex(ran.err, r"ALIAS +SESSION +AGENT +STATUS\n(?s:.*)review +%s" % sid[:12])
+        self.assertNotIn("ALIAS", self.cli("ls", "--json", tty=True).err + self.cli("ls").err)
+
+    def test_ls_asks_all_servers_side_by_side(self):
+        meet = threading.Barrier(5)             # nobody answers before all five have been asked
+
+        def together(line):
+            meet.wait(10)
+            return {"sessionId": "x", "agents": []}
+        for number in range(5):
+            self.keep("%048d" % number, server=Fake(self, together).url)
+        self.assertEqual([row["status"] for row in self.ok("ls")["sessions"]], ["active"] * 5)
+        for number in range(5):
+            self.keep("%048d" % number, server=Fake(self, lambda line: None).url)
+        began = time.monotonic()
+        rows = self.ok("ls", NEXUS_STATUS_TIMEOUT="0.3")["sessions"]
+        self.assertEqual([row["status"] for row in rows], ["unreachable"] * 5)
+        self.assertLess(time.monotonic() - began, 5 * 0.3)
+        self.no("unreachable", "status", "%048d" % 0, NEXUS_HTTP_TIMEOUT="0.05")
+
+    def test_poll_all_polls_each_session_and_keeps_its_cursor(self):
+        sids = sorted([self.opened(), self.opened()])
+        self.keep(GONE, agent="x\n", server=self.s.url)
+        self.keep(SILENT, agent="y\n", server=DEAD_URL)
+        for sid in sids:
+            self.s.send(sid, "ada", sid[:8])
+        rows = {row["sessionId"]: row for row in self.ok("poll-all", "--members")["sessions"]}
+        self.assertEqual(sorted(rows), sorted(sids + [SILENT]))
+        for sid in sids:
+            self.assertEqual([row["text"] for row in rows[sid]["messages"]], [sid[:8]])
+            self.assertEqual(rows[sid]["members"][0]["agentId"], "ada")
+        self.assertEqual(rows[SILENT]["error"], "unreachable")
+        again = self.ok("poll-all", "--active")["sessions"]
+        self.assertEqual([row["messages"] for row in again], [[]] * 3)
+        last = self.ok("poll-status")
+        self.assertEqual((last["polling"], sorted(last["lastPoll"])), ([], sids))
+        self.assertRegex(last["lastPoll"][sids[0]], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
+
+    def test_doctor_is_content_only_when_all_is_well(self):
+        sid = self.opened()
+        ran = self.cli("doctor")
+        self.assertEqual((ran.code, ran.json["ok"], ran.json["divergence"]), (0, True, False), ran)
+        self.assertEqual(ran.json["sessions"], [{
+            "sessionId": sid, "bound": self.s.url, "probed": self.s.url, "httpCode": 200,
+            "memberOfSession": True, "keyFile": "ok"}])
+        self.assertRegex(ran.err, r"Sessions: \d+ with (?s:.*)All is well")
+        os.chmod(self.kept(sid, "key"), 0o644)
+        if os.name == "posix":
+            ran = self.cli("doctor")
+            self.assertEqual((ran.code, ran.json["sessions"][0]["keyFile"]), (1, "insecure"))
+            self.assertIn("chmod 600", ran.err)
+        for folder, agent, server, code, member in (
+                (sid, "nobody", self.s.url, 200, False), (GONE, "x", self.s.url, 404, None),
+                (SILENT, "y", DEAD_URL, 0, None)):
+            self.home = self.folder()
+            self.keep(folder, agent=agent, server=server)
+            ran = self.cli("doctor")
+            row, = ran.json["sessions"]
+            self.assertEqual((ran.code, ran.json["ok"], row["httpCode"], row["memberOfSession"],
+                              row["keyFile"]), (1, False, code, member, "absent"))
+            self.assertEqual(ran.json["divergence"], server == DEAD_URL)
+        self.assertEqual({row["server"]: row["reachable"] for row in ran.json["health"]},
+                         {self.s.url: True, DEAD_URL: False})
+        self.assertEqual(self.cli("doctor", home=self.folder(), url=DEAD_URL).code, 1)
+
+
+# ----------------------------------------------------------------------------------------
+# Channels by verb
+#
+# `tx` prints what its seed shows, to the letter; with --json the JSON of the seed. The seed's own
+# scripts run unchanged, with `tx` as a shell function.
+# ----------------------------------------------------------------------------------------
+
+FAN_OUT = '''
+CURSOR_1=0
+MESSAGES=$(tx inbox shared-work --after $CURSOR_1 --json)
+CURSOR_1=$(echo "$MESSAGES" | jq -r '.[-1].id // 0')
+
+# Agent 2 reads the same messages independently
+CURSOR_2=0
+MESSAGES=$(tx inbox shared-work --after $CURSOR_2 --json)
+CURSOR_2=$(echo "$MESSAGES" | jq -r '.[-1].id // 0')
+[ $CURSOR_1 -gt 0 ] && [ $CURSOR_1 = $CURSOR_2 ] && echo same
+'''
+REQUEST_REPLY = '''
+tx send reviewer "Please review PR #42" --correlation review-42
+tx inbox reviewer --json | jq -r '.[] | select(.correlationId == "review-42")'
+tx send requester "LGTM, approved" --correlation review-42
+tx inbox requester --correlation review-42 --json
+'''
+TASK_CHANNEL = '''
+tx send "task:tx-abc123" "Started implementation" --task tx-abc123
+tx send "task:tx-abc123" "Tests passing, ready for review" --task tx-abc123
+tx inbox "task:tx-abc123"
+'''
+WORKER = '''
+AGENT_ID="worker-7"
+CURSOR=0
+for ROUND in 1 2; do                    # the seed's `while true`, and without its sleep
+  MESSAGES=$(tx inbox "$AGENT_ID" --after $CURSOR --json)
+  COUNT=$(echo "$MESSAGES" | jq length)
+  if [ "$COUNT" -gt 0 ]; then
+    CURSOR=$(echo "$MESSAGES" | jq -r '.[-1].id')
+    echo "$MESSAGES" | jq -c '.[]' | while read -r msg; do
+      CONTENT=$(echo "$msg" | jq -r '.content')
+      MSG_ID=$(echo "$msg" | jq -r '.id')
+      echo "Processing: $CONTENT"
+      tx ack "$MSG_ID"
+    done
+  fi
+done
+'''
+
+
+class ChannelVerbs(CliCase):
+    """tx send, inbox, ack, ack all, outbox pending, outbox gc."""
+
+    def test_text_is_the_seeds_to_the_letter(self):
+        first = self.text("send", "letter", "Task tx-abc123 is ready for review",
+                          "--sender", "orchestrator")
+        number = int(first.split()[1])
+        self.assertEqual(first, 'Message %d sent to channel "letter"\n  Sender: orchestrator\n'
+                         % number)
+        second = self.text("send", "letter", "Build", "passed", "--ttl", "3600", "--task", "tx-1",
+                           "--correlation", "req-001", "--metadata", '{"version":"2.3.1"}')
+        self.assertRegex(second, r'^Message %d sent to channel "letter"\n  Sender: cli\n  '
+                         r'Correlation: req-001\n  Task: tx-1\n  Expires: \d{4}-\d\d-\d\dT'
+                         r'\d\d:\d\d:\d\d\.\d{3}Z\n$' % (number + 1))
+        when = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+        self.assertRegex(self.text("inbox", "letter"), (
+            r"^\[%d\] %s orchestrator: Task tx-abc123 is ready for review\n"
+            r"\[%d\] %s cli: Build passed\n\n2 message\(s\)\n$") % (number, when, number + 1, when))
+        for words, said in (("outbox pending letter", '2 pending message(s) on channel "letter"'),
+                            ("ack %d" % number, "Message %d acknowledged" % number),
+                            ("ack all letter", '1 message(s) acknowledged on channel "letter"'),
+                            ("inbox letter", 'No messages in channel "letter"'),
+                            ("outbox gc --acked-older-than 24",
+                             "GC complete: 0 expired, 0 old acked messages removed")):
+            self.assertEqual(self.text(*words.split()), said + "\n")
+
+    def test_json_is_the_seeds_shape(self):
+        words = ["tx", "send", "shape", "hi", "--json", "--metadata", '{"a": [1]}',
+                 "--idempotency-key", "k"]
+        row = self.ok(*words)
+        self.assertEqual(self.ok(*words), row)          # the same answer, and nothing stored
+        self.no("idempotency_key_reused", *(words + ["other"]))
+        self.assertEqual((list(row), row["status"], row["sender"], row["metadata"]),
+                         (ELEVEN, "pending", "cli", {"a": [1]}))
+        self.assertEqual(self.ok("tx", "inbox", "shape", "--json"), [row])
+        self.assertEqual(self.ok("tx", "outbox", "pending", "shape", "--json"),
+                         {"channel": "shape", "count": 1})
+        acked = self.ok("tx", "ack", row["id"], "--json")
+        self.assertEqual((list(acked), acked["id"], acked["status"]), (ELEVEN, row["id"], "acked"))
+        self.assertEqual(self.ok("tx", "ack", "all", "shape", "--json"),
+                         {"channel": "shape", "ackedCount": 0})
+        self.assertEqual(self.ok("tx", "inbox", "shape", "--json"), [])
+        self.assertEqual(self.ok("tx", "outbox", "gc", "--json"), {"expired": 0, "acked": 0})
+
+    def test_inbox_filters_and_changes_nothing(self):
+        ids = [self.ok("--json", "tx", "send", "all", text, "--sender", sender, "--correlation",
+                       mark)["id"] for text, sender, mark in
+               (("a", "ci", "1"), ("b", "ops", "2"), ("c", "ci", "2"))]
+        self.text("ack", ids[0])
+
+        def found(*flags):
+            return "".join(row["content"] for row in self.ok("tx", "inbox", "all", "--json",
+                                                             *flags))
+        for flags, wanted in ((["--after", ids[1]], "c"), (["--limit", 1], "b"), ([], "bc"),
+                              (["--sender", "ci"], "c"), (["--correlation", "2"], "bc"),
+                              (["--include-acked"], "abc"), (["--limit", 0], ""), ([], "bc"),
+                              (["--include-acked", "--sender", "ci", "--limit", 1], "a")):
+            self.assertEqual(found(*flags), wanted, flags)
+        late = threading.Timer(0.1, lambda: self.s.client().messages.send("all", "d"))
+        late.start()
+        self.assertEqual(found("--after", ids[2], "--wait", 20), "d")
+
+    def test_any_content_arrives_as_it_was_written(self):
+        for words, input, content in (
+                (["--odd", "-x"], "", "--odd -x"), (["-"], "in\n\u2603", "in\n\u2603"),
+                (["--", "--json"], "", "--json"), (["\u00ef", "x"], "", "\u00ef x")):
+            self.text("send", "odd/ %?#\u2603", *words, input=input)
+            self.assertEqual(self.ok("tx", "inbox", "odd/ %?#\u2603", "--json")[-1]["content"],
+                             content)
+
+    def test_a_refusal_is_a_sentence_on_stderr_or_json_on_stdout(self):
+        for words, error, sentence in (
+                ("ack 999999", "message_not_found", "Message not found: 999999"),
+                ("send c x --ttl 0", "invalid_request", "ttlSeconds"),
+                ("send c x --metadata []", "invalid_request", "metadata"),
+                ("release 999999 --lease-token t", "message_not_found", "999999"),
+                ("reply 999999 x", "message_not_found", "999999")):
+            ran = self.cli("tx", *words.split())
+            self.assertEqual((ran.code, ran.out), (1, ""), ran)
+            self.assertIn(sentence, ran.err)
+            self.no(error, "tx", *words.split(), "--json")
+
+    @unittest.skipUnless(BASH and shutil.which("jq"), "bash or jq is missing")
+    def test_the_seeds_scripts_run_as_written(self):
+        client = self.s.client().messages
+        for content in ("one", "two"):
+            client.send("shared-work", content)
+            client.send("worker-7", content)
+        environ = clean_environment(self.home, NEXUS_URL=self.s.url, PYTHON=sys.executable,
+                                    NEXUS=NEXUS)
+        running = [(subprocess.Popen([BASH, "-c", IN_BASH + script], env=environ,
+                                     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE), pattern) for script, pattern in (
+            (FAN_OUT, r"^same\n$"),
+            (REQUEST_REPLY, r'(?s)"content": "Please review PR #42",.*"content":"LGTM, approved"'),
+            (TASK_CHANNEL, r"(?s)  Task: tx-abc123\n.* cli: Tests passing, ready for review\n\n2 "),
+            (WORKER, r"^Processing: one\nMessage \d+ acknowledged\n"
+                     r"Processing: two\nMessage \d+ acknowledged\n$"))]
+        for process, pattern in running:
+            out, err = process.communicate(timeout=60)
+            self.assertRegex(out.decode(), pattern, err)
+        self.assertEqual(client.pending("worker-7"), 0)
+
+
+class WorkByVerb(CliCase):
+    """tx lease, release, extend, dead, revive, ask, reply."""
+
+    SETTINGS = {"max_attempts": 2}
+    LEASE = ("tx", "lease", "jobs", "--consumer", "w1", "--json")
+
+    def test_a_lease_is_taken_extended_given_back_and_acknowledged_or_dies(self):
+        self.text("send", "jobs", "dig")
+        row, = self.ok(*self.LEASE, "--limit", 5, "--lease", 30, "--wait", 1)
+        self.assertEqual((row["attempts"], row["leasedBy"]), (1, "w1"))
+        number, token = row["id"], ("--lease-token", row["leaseToken"])
+        self.assertEqual(self.text("lease", "jobs", "--consumer", "w2"),
+                         'Nothing to lease in channel "jobs"\n')
+        later = self.ok("tx", "extend", number, *token, "--lease", 3600, "--json")
+        self.assertGreater(later["leaseExpiresAt"], row["leaseExpiresAt"])
+        self.assertIn("leased until", self.text("extend", number, *token))
+        self.no("lease_expired", "tx", "ack", number, "--lease-token", "other", "--json")
+        self.assertEqual(self.text("release", number, *token, "--delay", 0),
+                         "Message %d released\n" % number)
+        again = self.text("lease", "jobs", "--consumer", "w2")
+        found = re.match(r"\[%d\] attempt 2 until \S+, token (\S+): dig\n$" % number, again)
+        self.assertEqual(self.cli("tx", "release", number, *token).code, 1)
+        self.text("release", number, "--lease-token", found[1])
+        self.assertEqual((self.ok(*self.LEASE), self.ok("tx", "dead", "jobs", "--json")[0]["id"]),
+                         ([], number))                  # two attempts are over
+        self.assertRegex(self.text("dead", "jobs"), r"^\[%d\] .* cli: dig\n\n1 mess" % number)
+        self.assertEqual(self.ok("tx", "dead", "jobs", "--after", number, "--limit", 9, "--json"),
+                         [])
+        self.assertIn(str(number), self.text("revive", number))
+        row, = self.ok(*self.LEASE)
+        self.assertEqual(row["attempts"], 1)
+        self.text("ack", number, "--lease-token", row["leaseToken"])
+
+    def test_a_question_gets_its_answer(self):
+        def answer():
+            client = self.s.client().messages
+            question, = client.inbox("oracle", wait=20)
+            client.reply(question["id"], "42")
+        thread = threading.Thread(target=answer)
+        thread.start()
+        self.assertEqual(self.text("ask", "oracle", "What", "is it?", "--sender", "ada"), "42\n")
+        thread.join()
+        self.assertEqual(self.text("inbox", "oracle"), 'No messages in channel "oracle"\n')
+        number = self.ok("tx", "send", "q", "?", "--sender", "bob", "--correlation", "c",
+                         "--json")["id"]                # names no channel for its answer
+        row = self.ok("tx", "reply", number, "--json", "--metadata", '{"n": 1}', "It", "is.")
+        self.assertEqual([row[name] for name in ("channel", "content", "correlationId", "sender",
+                                                 "metadata")],
+                         ["bob", "It is.", "c", "cli", {"n": 1}])
+        self.assertRegex(self.text("reply", number, "Also."), r'^Reply \d+ sent to channel "bob"\n')
+
+    @unittest.skipUnless(BASH, "bash is missing")
+    def test_resume_is_a_command_that_waits_on_without_asking_twice(self):
+        channel = "it's $(touch pwned); \"odd\" \u2603"
+        for flags in ([], ["--json"]):
+            ran = self.no("no_reply", "tx", "ask", channel, "ready?", "--timeout", 0, *flags)
+        question = ran.json["question"]
+        self.assertEqual((question["content"], question["status"]), ("ready?", "pending"))
+        self.text("reply", question["id"], "ready \u2603")
+        done = subprocess.run([BASH, "-c", IN_BASH + ran.json["resume"]], cwd=self.home,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+                              env=clean_environment(self.home, PYTHON=sys.executable, NEXUS=NEXUS))
+        self.assertEqual((done.returncode, done.stdout.decode()), (0, "ready \u2603\n"),
+                         done.stderr)
+        self.assertEqual(os.listdir(self.home), [])
+        asked = self.ok("tx", "inbox", channel, "--include-acked", "--json")
+        self.assertEqual(len(asked), 2)         # one for each ask above, none for the resume
+
+
+# ----------------------------------------------------------------------------------------
+# Verbs as processes
+#
+# What a process alone can show: signals, code pages, arguments that are not text, and what is
+# imported. A verb costs as little as its request; nothing in the surroundings makes it crash.
+# ----------------------------------------------------------------------------------------
+
+
+class VerbProcesses(CliCase):
+    """Daemons, consoles, imports and the demo."""
+
+    def start(self, *words, stdin=subprocess.DEVNULL, **environ):
+        process = subprocess.Popen(
+            [sys.executable, NEXUS] + list(words), stdin=stdin, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env=clean_environment(self.home, NEXUS_URL=self.s.url,
+                                                          **environ))
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def test_pollers_print_batches_at_once_and_stop_at_a_signal(self):
+        sids = [self.opened(), self.opened(), self.opened()]
+        self.ok("alias", sids[0], "review")
+        daemon = self.start("poll-daemon", "review", "--members", "--yes")
+        heart = self.start("heartbeat", sids[1], "--interval", "20")
+        short = self.start("poll-daemon", sids[2], "--ttl", "1", "--interval", "1",
+                           stdin=subprocess.PIPE)
+        short.stdin.write(b"y\n")
+        short.stdin.flush()
+        wanted = {daemon.pid: sids[0], heart.pid: sids[1], short.pid: sids[2]}
+        for _ in range(500):                    # ten seconds at the most, until all three poll
+            found = self.ok("poll-status")["polling"]
+            if len(found) == 3:
+                break
+            time.sleep(0.02)
+        self.assertEqual({row["pid"]: row["session"] for row in found}, wanted)
+        for process, sid, fields in ((daemon, sids[0], {"messages", "nextCursor", "members"}),
+                                     (heart, sids[1], {"messages", "nextCursor"})):
+            waits = []
+            for text in ("one \u2603", "two"):
+                began = time.monotonic()
+                self.s.send(sid, "ada", text)
+                batch = json.loads(process.stdout.readline().decode("utf-8"))
+                waits.append(time.monotonic() - began)
+                self.assertEqual([row["text"] for row in batch["messages"]], [text])
+                self.assertEqual(set(batch), fields)
+            self.assertLess(min(waits), 1)
+        for process, how in ((daemon, signal.SIGTERM), (heart, signal.SIGINT), (short, None)):
+            if how is not None:
+                process.send_signal(how)
+            out, err = process.communicate(timeout=20)
+            self.assertEqual((process.returncode, out), (0, b""), err)
+            self.assertNotIn(b"Traceback", err)
+        self.assertIn(b"(y/n)", err)
+        self.assertEqual(self.ok("poll-status")["polling"], [])
+        self.assertEqual([self.texts(sid) for sid in sids], [[], [], []])
+        for answer in ("n\n", "\n", ""):
+            ran = self.cli("poll-daemon", sids[0], "--interval", 7, "--ttl", 9, input=answer)
+            self.assertEqual((ran.code, ran.out), (0, ""))
+            self.assertRegex(ran.err, r"every 7s for the next 9s\? \(y/n\)")
+
+    def test_no_code_page_stops_a_message(self):
+        sid, text = self.opened(), "na\u00efve \u2603 \U0001f600"
+        runs = [self.start("send", sid, text, PYTHONIOENCODING="cp1252"),
+                self.start("send", sid, text, PYTHONIOENCODING="ascii", LC_ALL="C"),
+                self.start("send", sid, "-", PYTHONIOENCODING="ascii", stdin=subprocess.PIPE),
+                self.start("send", sid, "-", PYTHONIOENCODING="cp1252", stdin=subprocess.PIPE)]
+        for process in runs:
+            out, err = process.communicate(text.encode() if process.stdin else None, timeout=60)
+            self.assertEqual(process.returncode, 0, err)
+        out, err = self.start("poll", sid, PYTHONIOENCODING="cp1252").communicate(timeout=60)
+        self.assertEqual([row["text"] for row in json.loads(out.decode("utf-8"))["messages"]],
+                         [text] * 4)
+
+    @unittest.skipUnless(os.name == "posix", "arguments are text on Windows")
+    def test_input_that_is_no_text_is_refused_with_a_sentence(self):
+        sid = self.opened()
+        for process in (self.start("send", sid, b"\xff"),
+                        self.start("tx", "send", "c", b"\xff", "--json"),
+                        self.start("send", sid, "-", stdin=subprocess.PIPE)):
+            out, err = process.communicate(b"\xff\xfe" if process.stdin else None, timeout=60)
+            self.assertNotIn(b"Traceback", err)
+            self.assertIn(process.returncode, (1, 2))
+            self.assertIn("UTF-8", json.loads(out.decode())["message"])
+
+    def test_send_imports_only_what_it_needs(self):
+        sid = self.opened()
+        done = subprocess.run(      # -S: what site loads for this machine is not ours
+            [sys.executable, "-S", "-X", "importtime", NEXUS, "send", sid, "hi"], timeout=60,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(self.home))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        loaded = set(re.findall(r"(?m)^import time:.*\| +(\S+)$", done.stderr.decode()))
+        self.assertIn("json", loaded)
+        self.assertEqual(loaded & {
+            "sqlite3", "ssl", "http", "http.client", "http.server", "hashlib", "asyncio", "email",
+            "urllib.request", "subprocess", "tempfile", "secrets", "random", "logging"}, set())
+
+    def test_the_demo_shows_it_all_and_leaves_nothing_behind(self):
+        tmp = self.folder()
+        ran = run_nexus(self.home, "demo", TMPDIR=tmp, TEMP=tmp, TMP=tmp)
+        self.assertEqual(ran.code, 0, ran)
+        for verb in ("create", "pair", "claim", "send", "poll", "leave"):
+            self.assertIn("$ nexus.py " + verb, ran.out)
+        self.assertIn("bob (verified): Page 3 has a typo.", ran.out)
+        self.assertEqual(os.listdir(tmp) + os.listdir(self.home), [])
+        port = int(re.search(r"http://127\.0\.0\.1:(\d+)", ran.out)[1])
+        with self.assertRaises(OSError):
+            socket.create_connection(("127.0.0.1", port), 1).close()
+
+
+# ----------------------------------------------------------------------------------------
+# The server as a process
+#
+# 201 is a promise that kill -9 does not break; SIGTERM and Ctrl-C finish what is under way, send
+# waiters home and leave one file. What keeps it from starting is one sentence, and what it logs
+# tells nobody a secret.
+# ----------------------------------------------------------------------------------------
+
+
+class ServeCase(Case):
+    """A test that starts and ends servers."""
+
+    def begin(self, *flags, folder=None, **environ):
+        """A server process that the test ends itself, with end()."""
+        process = Process(folder or self.folder(), *flags, **environ)
+        self.addCleanup(process.process.kill)
+        self.assertIsNotNone(process.url)
+        return process
+
+    def end(self, process, how=signal.SIGTERM):
+        """Stop it: exit 0 (if it could choose) and no traceback; returns what it wrote."""
+        code, text = process.stop(how)
+        self.assertEqual(code, 0 if how in (signal.SIGTERM, signal.SIGINT) else -how, text)
+        self.assertNotIn("Traceback", text)
+        return text
+
+    def refused(self, *flags):
+        """serve does not start: its sentence. (One that starts all the same ends at once.)"""
+        def make(settings, clock=None, make_server=nexus.make_server):
+            server = make_server(settings, clock)
+            server.serve_forever = lambda: None
+            return server
+        self.addCleanup(threading.stack_size, 0)
+        with swapped(nexus, "make_server", make):
+            ran = run_here(self.folder(), "serve", "--port", "0", *flags)
+        self.assertEqual((ran.code, ran.out.count("\n")), (1, 1), ran)
+        self.assertIn(ran.json["message"], ran.err)
+        return ran.json["message"]
+
+
+class ServeProcess(ServeCase):
+    """python3 nexus.py serve."""
+
+    @unittest.skipUnless(os.name == "posix", "signals end a process on Windows")
+    def test_a_signal_finishes_what_is_under_way_within_two_seconds(self):
+        for how in (signal.SIGTERM, signal.SIGINT):
+            folder = self.folder()
+            process = self.begin(folder=folder)
+            client = nexus.Client(process.url)
+            sid = client.create(creator_agent_id="ada")["sessionId"]
+            client.messages.send("c", "kept for good")
+            answers = []
+            thread = threading.Thread(target=lambda: answers.append(
+                nexus.Client(process.url).poll(sid, "ada", wait=60)))
+            thread.start()
+            while client.stats()["waiters"] != 1:
+                time.sleep(0.01)
+            began = time.monotonic()
+            self.end(process, how)
+            self.assertLess(time.monotonic() - began, 2)
+            thread.join(5)
+            self.assertEqual([answer["messages"] for answer in answers], [[]])
+            self.assertEqual(os.listdir(folder), ["nexus.db"])          # no WAL, no lock
+            path = os.path.join(folder, "nexus.db")
+            self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+            with open(path, "rb") as file:
+                self.assertIn(b"kept for good", file.read())
+
+    def test_it_says_where_it_is_warns_of_a_visible_token_and_memory_leaves_no_file(self):
+        folder = self.folder()
+        process = self.begin("--db", ":memory:", "--token", "not-" + "secret", folder=folder)
+        self.assertRegex(process.url, r"^http://127\.0\.0\.1:[1-9]\d+$")
+        self.assertEqual(nexus.Client(process.url).health()["version"], nexus.VERSION)
+        text = self.end(process)
+        self.assertIn("serves %s (database: :memory:)" % process.url, text)
+        self.assertIn("NEXUS_TOKEN", text)
+        self.assertEqual(os.listdir(folder), [])
+
+    def test_what_keeps_it_from_starting_is_one_sentence(self):
+        folder = self.folder()
+        process = self.begin(folder=folder)
+        taken = os.path.join(folder, "nexus.db")
+        other, text, path = [os.path.join(folder, name) for name in ("other.db", "text", "x.db")]
+        with contextlib.closing(sqlite3.connect(other)) as db:
+            db.execute("CREATE TABLE theirs (x)")
+        with open(text, "w") as file:
+            file.write("not a database " * 500)
+        locked = self.folder()
+        os.chmod(locked, 0o500)
+        cases = [
+            (["--db", taken], [r"\b%d\b" % process.process.pid, "--db"]),
+            (["--db", ":memory:", "--port", str(process.port)], [str(process.port), "--port"]),
+            (["--db", os.path.join(folder, "none", "x.db")], ["none", "--db"]),
+            (["--db", folder], [folder, "--db"]), (["--db", text], [text, "damaged"]),
+            (["--db", other], [other, "another program"]),
+            (["--host", "0.0.0.0", "--db", path], ["--insecure", "NEXUS_TOKEN"]),
+            (["--host", "192.0.2.1", "--insecure", "--db", path], ["192.0.2.1", "--port"]),
+            (["--tls-cert", path + ".pem", "--db", path], [path + ".pem"]),
+            (["--token-file", path + ".txt", "--db", path], ["token file"])]
+        if hasattr(os, "getuid") and os.getuid() != 0:          # root may write everywhere
+            cases.append((["--db", os.path.join(locked, "x.db")], ["writable", "--db"]))
+        for flags, words in cases:
+            with self.subTest(flags):
+                said = self.refused(*flags)
+                for word in words:
+                    self.assertRegex(said, word)
+        with open(text) as file:
+            self.assertEqual(file.read(), "not a database " * 500)
+        self.assertEqual(nexus.Client(process.url).health()["status"], "healthy")
+        self.end(process)
+
+    def test_every_option_has_an_environment_variable_and_the_flag_wins(self):
+        seen = []
+        for row in nexus.SETTINGS:
+            flag, name = "--" + row.name.replace("_", "-"), nexus.environment_name(row)
+            first, second = (True, True) if row.default is False else ("a", "b") \
+                if row.low is None else (row.low + 7, row.low + 8)
+            given = [flag] if row.default is False else [flag, second]
+            for words, environ, value in (([], {}, row.default), ([], {name: ""}, row.default),
+                                          ([], {name: str(first)}, first), (given, {}, second),
+                                          (given, {name: str(first)}, second)):
+                with swapped(nexus, "serve", seen.append):
+                    self.assertEqual(run_here("/", "serve", *words, **environ).code, 0)
+                self.assertEqual(getattr(seen[-1], row.name), value)
+
+    def test_a_value_that_makes_no_sense_is_exit_2_and_a_sentence(self):
+        for row in nexus.SETTINGS:
+            bad = ["many", str((row.low or 0) - 1), "1.5", str(2 ** 64)] \
+                if row.low is not None else ["maybe"] if row.default is False else []
+            for value in bad:
+                with self.subTest(name=row.name, value=value), \
+                        swapped(nexus, "serve", lambda settings: None):
+                    ran = run_here("/", "serve", **{nexus.environment_name(row): value})
+                    self.assertEqual((ran.code, (ran.json or {}).get("error")), (2, "usage"))
+                    self.assertIn("--" + row.name.replace("_", "-"), ran.json["message"])
+
+    def test_the_log_tells_nobody_a_secret(self):
+        token = "open-" + "sesame-1"
+        process = self.begin("--verbose", NEXUS_TOKEN=token)
+        client = nexus.Client(process.url, token=token)
+        made = client.create(creator_agent_id="ada-lovelace", greeting="greeting-text")
+        sid, pair = made["sessionId"], client.pair(made["sessionId"])
+        joined = client.claim(pair["code"], "bob-secretive")
+        client.send(sid, "ada-lovelace", "message-text", session_key=made["sessionKey"])
+        client.poll(sid, "ada-lovelace")
+        client.messages.send("channel-name", "content-text", sender="sender-name")
+        client.messages.inbox("channel-name")
+        for path in ("/p/" + pair["code"], "/v1/sessions/%s/x\r\nforged" % sid, "/nothing-here"):
+            with contextlib.suppress(nexus.NexusError):
+                client.request("GET", path)
+        text = self.end(process)
+        for word in (sid, made["sessionKey"], joined["sessionKey"], pair["code"], "ada-lovelace",
+                     "bob-secretive", "greeting-text", "message-text", "content-text", token,
+                     "channel-name", "sender-name", "nothing-here", "\nforged"):
+            self.assertNotIn(word, text)
+        self.assertGreaterEqual(len(re.findall(r"(?m)^\d{4}-\d\d-\d\d .* ms from ", text)), 8)
+        self.assertRegex(text, r" POST \S*/messages 201 [\d.]+ ms from 127\.0\.0\.1 \S+\n")
+        self.assertRegex(text, r" GET \(no such path\) 404 ")
+
+
+class Sender(threading.Thread):
+    """Sends numbered messages over one keep-alive socket until the server is gone.
+
+    `place` is a channel, or the path of a session's messages. `done` holds (place, text, answer)
+    of each 201; any other status is in `odd`.
+    """
+
+    def __init__(self, port, name, place, headers=""):
+        super().__init__(name=name, daemon=True)
+        self.place, self.done, self.odd, self._port = place, [], [], port
+        path = place if headers else "/api/messages"
+        self._head = "POST %s HTTP/1.1\r\nHost: localhost\r\n%sContent-Length: %%d\r\n\r\n" % (
+            path, headers)
+        self._body = {} if headers else {"channel": place}
+        self._field = "text" if headers else "content"
+        self.start()
+
+    def run(self):
+        with contextlib.suppress(OSError, ValueError), \
+                socket.create_connection(("127.0.0.1", self._port), 5) as sock, \
+                sock.makefile("rb") as stream:          # an answer cut off is no promise
+            while not self.odd:
+                text = "%s-%d" % (self.name, len(self.done))
+                body = json.dumps(dict(self._body, **{self._field: text}))
+                sock.sendall((self._head % len(body) + body).encode())
+                head = b"".join(iter(stream.readline, b"\r\n") if stream.peek(1) else ())
+                length = re.search(rb"(?i)content-length: (\d+)", head)
+                if not length:
+                    return
+                answer = json.loads(stream.read(int(length[1])).decode())
+                kind = self.done if head.split()[1] == b"201" else self.odd
+                kind.append((self.place, text, answer))
+
+
+class KillNine(ServeCase):
+    """What was answered 201 is there exactly once, whatever happens to the process."""
+
+    ROUNDS, CHANNELS = 5, ["c0", "c1", "c2", "c3"]
+
+    @unittest.skipUnless(hasattr(signal, "SIGKILL"), "there is no kill -9 here")
+    def test_every_201_survives_five_kills_under_load(self):
+        folder, done, spans = self.folder(), [], [0]
+        process = self.begin(folder=folder)
+        made = [nexus.Client(process.url).create(creator_agent_id="ada") for _ in range(4)]
+        doors = [(channel, "") for channel in self.CHANNELS] * 2 + [
+            ("/v1/sessions/%s/messages" % row["sessionId"], "X-Agent-Id: ada\r\nX-Session-Key: %s"
+             "\r\n" % row["sessionKey"]) for row in made] * 2
+        for turn in range(self.ROUNDS):
+            senders = [Sender(process.port, "%d-%d" % (turn, number), place, headers)
+                       for number, (place, headers) in enumerate(doors)]
+            time.sleep(0.2 + 0.1 * random.Random(turn).random())
+            self.end(process, signal.SIGKILL)
+            for sender in senders:
+                sender.join(10)
+                self.assertEqual(sender.odd, [])
+                self.assertTrue(sender.done, "%s sent nothing" % sender.name)
+                done += sender.done
+            ids = [row["id"] for sender in senders[:8] for _, _, row in sender.done]
+            self.assertLess(spans[-1], min(ids))        # no number comes twice, whatever was lost
+            spans.append(max(ids))
+            process = self.begin(folder=folder)
+        client = nexus.Client(process.url)
+        stored = self.stored(client, [row["sessionId"] for row in made])
+        for place, text, answer in done:
+            row = stored[place, text]
+            self.assertEqual((row["id"], row.get("cursor")), (answer["id"], answer.get("cursor")))
+        self.assertLessEqual(len(stored) - len(done), 16 * self.ROUNDS)     # those under way
+        for channel in self.CHANNELS:
+            client.messages.ack_all(channel)
+        client.messages.gc(0)
+        self.assertGreater(client.messages.send("c0", "after all is gone")["id"], spans[-1])
+        self.end(process)
+        with contextlib.closing(sqlite3.connect(os.path.join(folder, "nexus.db"))) as db:
+            self.assertEqual(db.execute("PRAGMA integrity_check").fetchall(), [("ok",)])
+
+    def stored(self, client, sids):
+        """{(place, text): message} of all there is; ids only grow, cursors have no gaps."""
+        found = {}
+        for channel in self.CHANNELS:
+            rows = self.pages(lambda after: client.messages.inbox(channel, after, 1000), "id")
+            self.assertEqual([row["id"] for row in rows], sorted({row["id"] for row in rows}))
+            found.update({(channel, row["content"]): row for row in rows})
+            self.assertEqual(len(rows), len({row["content"] for row in rows}))
+        for sid in sids:
+            rows = self.pages(lambda after: client.poll(sid, "ada", after)["messages"], "cursor")
+            self.assertEqual([row["cursor"] for row in rows],
+                             [str(number + 1) for number in range(len(rows))])
+            self.assertTrue(all(row["verified"] for row in rows))
+            found.update({("/v1/sessions/%s/messages" % sid, row["text"]): row for row in rows})
+            self.assertEqual(len(rows), len({row["text"] for row in rows}))
+        return found
+
+    @staticmethod
+    def pages(read, name):
+        """All rows that read(after) gives, page by page."""
+        rows, more = [], read(None)
+        while more:
+            rows += more
+            more = read(more[-1][name])
+        return rows
+
+
+# ----------------------------------------------------------------------------------------
+# Other systems
+#
+# What Windows and odd machines lack is taken away here, one call at a time; each has a fallback.
+# ----------------------------------------------------------------------------------------
+
+
+def refusing(error):
+    """A function that raises this error, whatever it is called with."""
+    def function(*_, **__):
+        raise error
+    return function
+
+
+class PosixTakenAway(Case):
+    """The fallbacks."""
+
+    @contextlib.contextmanager
+    def module(self, name, **attributes):
+        """Importing `name` gives a module of these attributes; without any it fails."""
+        before = sys.modules.get(name)
+        sys.modules[name] = type(name, (), attributes) if attributes else None
+        try:
+            yield
+        finally:
+            sys.modules.pop(name)
+            if before is not None:
+                sys.modules[name] = before
+
+    def test_a_database_is_locked_by_msvcrt_where_fcntl_is_missing(self):
+        path, calls = os.path.join(self.folder(), "x.db"), []
+
+        def locking(file, mode, count):
+            calls.append((os.lseek(file, 0, os.SEEK_CUR), mode, count))
+            if len(calls) > 1:
+                raise PermissionError(13, "held by another process")
+        with self.module("fcntl"), self.module("msvcrt", LK_NBLCK=2,
+                                               locking=staticmethod(locking)):
+            lock = nexus.FileLock(path)
+            with self.assertRaises(nexus.NexusError) as caught:
+                nexus.FileLock(path)
+        self.assertEqual(calls, [(64, 2, 1)] * 2)       # a byte that nobody needs to read
+        self.assertRegex(caught.exception.message, r"process %d\b" % os.getpid())
+        with swapped(os, "unlink", refusing(PermissionError(13, "it is open"))):
+            lock.release()
+        nexus.FileLock(path).release()                  # what could not be removed is taken over
+        self.assertEqual(os.listdir(os.path.dirname(path)), [])
+
+    def test_no_process_is_asked_for_its_life_where_asking_kills(self):
+        ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
+        ended.wait()
+        if os.name == "posix":
+            self.assertEqual((nexus.process_lives(os.getpid()), nexus.process_lives(ended.pid)),
+                             (True, False))
+        with swapped(os, "name", "nt"), swapped(os, "kill", refusing(AssertionError("killed"))):
+            self.assertTrue(nexus.process_lives(ended.pid))
+        with swapped(os, "kill", refusing(PermissionError(1, "not yours"))):
+            self.assertTrue(nexus.process_lives(1))
+
+    def test_limits_clocks_and_modes_that_are_missing_are_done_without(self):
+        asked = []
+
+        def setrlimit(which, limits):
+            asked.append(limits)
+            raise ValueError("not allowed to raise maximum limit")
+        with self.module("resource"):
+            nexus.raise_file_limit()
+        with self.module("resource", RLIMIT_NOFILE=7, setrlimit=staticmethod(setrlimit),
+                         getrlimit=staticmethod(lambda which: (10, 20))):
+            nexus.raise_file_limit()
+        self.assertEqual(asked, [(20, 20)])
+        plain = type("time", (), {"time": staticmethod(time.time),
+                                  "monotonic": staticmethod(time.monotonic)})
+        with swapped(nexus, "time", plain):
+            self.assertLess(abs(nexus.Clock().now() / 1000 - time.time()), 5)
+        state = nexus.State(self.folder())
+        state.put("s", "key", "k")
+        os.chmod(os.path.join(state.root, "sessions", "s", "key"), 0o666)
+        with swapped(os, "name", "nt"):
+            self.assertTrue(state.key_is_private("s"))
+
+    def test_windows_binds_the_port_for_itself_alone(self):
+        socket.SO_EXCLUSIVEADDRUSE = socket.SO_KEEPALIVE        # stands in for what we lack
+        try:
+            server = self.server().server
+        finally:
+            del socket.SO_EXCLUSIVEADDRUSE
+        self.assertTrue(server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+
+
+# ----------------------------------------------------------------------------------------
+# README and the file itself
+#
+# What README shows is run, what it lists is compared with the code, and the marks of the single
+# file are measured.
+# ----------------------------------------------------------------------------------------
+
+
+class ReadmeTellsTheTruth(Case):
+    """README.md, run.
+
+    Each ```sh or ```bash block that calls python3, nexus.py or curl is one bash script; all run in
+    order, in one fresh folder with one fresh home. The default server runs meanwhile, on another
+    port: 3456 is replaced by it. A line that serves or tests (serve, selftest, test_nexus.py) is
+    only parsed. `<!-- not run: why -->` just before a block skips it.
+    """
+
+    BLOCK = re.compile(r"^(?:<!-- not run: (.*?) -->\n+)?```(?:sh|bash)\n(.*?)^```", re.M | re.S)
+    CALL = re.compile(r"^(?:\w+=\S+ |\w+=\"?\$\()*(?:python3|nexus\.py|curl)\b", re.M)
+    ELSEWHERE = re.compile(r"^(?:\w+=\S+ )*python3 (nexus\.py (serve|selftest)|test_nexus\.py).*$",
+                           re.M)
+
+    def setUp(self):
+        if not os.path.exists(README):
+            self.skipTest("README.md is not there")
+        with open(README, encoding="utf-8") as file:
+            self.text = file.read()
+
+    def test_the_first_screen_shows_the_two_commands(self):
+        screen = "\n".join(self.text.splitlines()[:29])
+        self.assertRegex(screen, r"(?m)^python3 nexus\.py serve\b")
+        self.assertRegex(screen, r"(?m)^python3 test_nexus\.py\b")
+
+    def test_its_table_names_every_setting_with_its_default(self):
+        rows = [line for line in self.text.splitlines() if line.startswith("|")]
+        for row in nexus.SETTINGS:
+            flag = "--" + row.name.replace("_", "-")
+            found = [line for line in rows if re.search(r"`%s[` ]" % flag, line)]
+            self.assertTrue(found, "no row of a table names %s" % flag)
+            if row.default not in (None, False):
+                value = r"(?<![\w.])%s(?![\w.])" % re.escape(str(row.default))
+                self.assertRegex("\n".join(found), value)
+
+    @unittest.skipUnless(BASH and shutil.which("curl"), "bash or curl is missing")
+    def test_its_commands_run(self):
+        folder = self.folder()
+        shutil.copy(NEXUS, folder)
+        server = self.process(folder=folder)
+        environ = clean_environment(os.path.join(folder, "home"), NEXUS_URL=server.url,
+                                    PYTHON=sys.executable, NEXUS="nexus.py")
+        os.mkdir(environ["HOME"])
+        for reason, script in self.BLOCK.findall(self.text):
+            with self.subTest(script):
+                if not self.CALL.search(script):
+                    continue
+                for tool in re.findall(r"\b(?:jq|openssl)\b", script):
+                    reason = reason or not shutil.which(tool) and tool + " is missing"
+                if reason:
+                    self.skipTest(reason)
+                script = self.ELSEWHERE.sub(self.checked, script)
+                script = script.replace("3456", str(server.port))
+                done = subprocess.run(
+                    [BASH, "-ec", IN_BASH + 'python3() { "$PYTHON" "$@"; }\n' + script],
+                    cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE, timeout=60)
+                self.assertEqual(done.returncode, 0, done)
+
+    @staticmethod
+    def checked(match):
+        """A line that is not run, but must be right."""
+        if match[2]:
+            words = nexus.shlex.split(match[0].rstrip("& "), comments=True)
+            parsed_words(words[words.index(match[2]):])
+        return ":"
+
+
+class FileMarks(unittest.TestCase):
+    """nexus.py as a text."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.ast = __import__("ast")
+        with open(NEXUS, encoding="utf-8") as file:
+            cls.text = file.read()
+        cls.nodes = list(cls.ast.walk(cls.ast.parse(cls.text)))
+
+    def test_the_map_at_the_top_equals_the_banners(self):
+        drawn = re.findall(r"(?m)^ +(\d+)\. (.+?)  ", nexus.__doc__)
+        banners = re.findall(r"(?m)^# -{80,}\n# (\d+)\. (.+)\n#\n", self.text)
+        self.assertEqual(drawn, banners)
+        self.assertEqual([int(number) for number, _ in drawn], list(range(1, len(drawn) + 1)))
+        self.assertEqual(len(re.findall(r"(?m)^# -{80,}$", self.text)), 2 * len(banners))
+
+    @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "needs Python 3.10")
+    def test_only_the_standard_library_is_imported(self):
+        names = {alias.name for node in self.nodes if isinstance(node, self.ast.Import)
+                 for alias in node.names}
+        names |= {node.module for node in self.nodes if isinstance(node, self.ast.ImportFrom)}
+        names |= {node.args[0].value for node in self.nodes if isinstance(node, self.ast.Call)
+                  and getattr(node.func, "id", "") == "Later"}
+        self.assertLessEqual({"json", "sqlite3"}, names)
+        self.assertEqual({name.partition(".")[0] for name in names}
+                         - set(sys.stdlib_module_names), set())
+
+    def test_no_line_is_longer_than_100_and_no_function_longer_than_60(self):
+        for path in (NEXUS, os.path.abspath(__file__)):
+            with open(path, encoding="utf-8") as file:
+                long = [number for number, line in enumerate(file, 1) if len(line) > 101]
+            self.assertEqual(long, [], path)
+        self.assertEqual([node.name for node in self.nodes if isinstance(
+            node, self.ast.FunctionDef) and node.end_lineno - node.lineno >= 60], [])
+
+
+# ----------------------------------------------------------------------------------------
+# Who may do what
+#
+# The table in README is the specification: each of its cells is tried against a server that has a
+# token, and a cell that says no must be a refusal for a reason of authority.
+# ----------------------------------------------------------------------------------------
+
+
+class WhoMayDoWhat(ServerCase):
+    """README's table, cell by cell."""
+
+    SETTINGS = {"token": "t0ken-" + "of-the-server"}
+    BODIES = {"POST /v1/sessions/:id/messages": {"text": "hi"}, "POST /api/messages": {
+        "channel": "c", "content": "x"}, "POST /mcp": {"jsonrpc": "2.0", "id": 1, "method": "ping"}}
+
+    def rows(self):
+        with open(README, encoding="utf-8") as file:
+            table = file.read().partition("## Who may do what")[2].partition("\n## ")[0]
+        for line in re.findall(r"(?m)^\| `.*$", table):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            yield cells[0].strip("`"), [cell.startswith("yes") for cell in cells[1:]]
+
+    def ask(self, call, role):
+        """One call in one role, on a session of its own: the Answer."""
+        opened = self.s.call("PUT", "/v1/sessions", {"creatorAgentId": "boss"},
+                             headers={"X-Api-Key": self.SETTINGS["token"]}).json
+        session, agent, key, headers = opened["sessionId"], None, None, {}
+        member = self.s.call("POST", "/v1/sessions/%s/join" % session, agent="bob").json
+        if role in ("stranger", "token"):
+            session = "0" * 48
+        if role in ("name", "key"):
+            agent = "bob"
+        if role == "creator":
+            agent = "boss"
+        key = {"key": member["sessionKey"], "creator": opened["sessionKey"]}.get(role)
+        if role == "token":
+            headers["Authorization"] = "Bearer " + self.SETTINGS["token"]
+        if "/join" in call:
+            agent = agent and agent + "-2"      # a member is in already; another may come
+        method, path = call.split()
+        path = path.replace(":id", session).replace(":agent", agent or "bob").replace(
+            ":channel", "c")
+        body = self.BODIES.get(call)
+        if path == "/v1/pair":
+            body = {"sessionId": session}
+        if agent is None:
+            agent = "mallory"
+        return self.s.call(method, path, body, agent, key, headers)
+
+    def test_every_cell(self):
+        roles = ("stranger", "id", "name", "key", "creator", "token")
+        count = 0
+        for call, cells in self.rows():
+            self.assertEqual(len(cells), len(roles), call)
+            for role, allowed in zip(roles, cells):
+                with self.subTest(call=call, role=role):
+                    answer = self.ask(call, role)
+                    self.assertEqual(answer.status < 400, allowed, answer.text)
+                    if not allowed:
+                        self.assertIn(answer.status, (401, 403, 404), answer.text)
+                    count += 1
+        self.assertGreater(count, 80)
+
+    def test_everything_of_door_2_is_guarded(self):
+        for entry in nexus.OPERATIONS:
+            if entry.path and entry.path.startswith("/api/"):
+                path = re.sub(r"{\w+}", "1", entry.path)
+                with self.subTest(path):
+                    self.expect(self.s.call(entry.method, path, {}), 401, "unauthorized")
+
+
+# ----------------------------------------------------------------------------------------
+# Fuzzing
+#
+# Seeded and bounded: the same bytes every time, a second of them in each test run, as many minutes
+# as wanted with `fuzz --minutes N`. Whatever comes in, the server answers 4xx or 2xx or closes; it
+# never answers 5xx, never logs a fault of its own, and serves the next client. What it finds gets a
+# line in FOUND, so that it is tried for ever.
+# ----------------------------------------------------------------------------------------
+
+FOUND = (
+    b"GET /v1/pair/%ff/status HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /api/messages/inbox/c?afterId=99999999999999999999 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n[]",
+)
+
+
+class Fuzzer:
+    """Requests that are nearly right, from a seed."""
+
+    VALUES = (None, True, False, 0, -1, 1, 2 ** 63, 1e308, "", "x", "a" * 300, "\0", "\u00fc", "1",
+              "\U0001F600", [], [1], {}, {"a": {"b": []}}, "system", {"replyTo": 5}, "[REDACTED:x]")
+    PIECES = (b"\r\n", b"\r", b"\n", b":", b" ", b"\0", b"\xff", b"%", b"%ff", b"/", b"//", b"..",
+              b"HTTP/1.1", b"Content-Length: 5", b"Transfer-Encoding: chunked", b"Host: localhost",
+              b"0\r\n\r\n", b"ffffffff\r\n", b"-1", b"Expect: 100-continue", b"{", b"[" * 200)
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+
+    def json(self, entry):
+        """A body for an operation, with fields that are right, wrong or missing."""
+        body = {field.name: self.random.choice(self.VALUES) for field in entry.fields
+                if field.source == "body" and self.random.random() < 0.8 and field.name != "wait"}
+        text = json.dumps(body, ensure_ascii=self.random.random() < 0.5)
+        if self.random.random() < 0.1:
+            cut = self.random.randrange(len(text) + 1)
+            text = text[:cut] + self.random.choice(("NaN", "\\ud800", '"\\ud800"', "}", "\u00e9", ""
+                                                    )) + text[cut:]
+        return text.encode("utf-8", "surrogatepass")
+
+    def request(self):
+        """The bytes of one request; now and then they are damaged."""
+        entry = self.random.choice([entry for entry in nexus.OPERATIONS if entry.path])
+        path = re.sub(r"{\w+}", lambda _: self.random.choice(
+            ("1", "c", "%00", "%2f", "a%20b", "%ff", "-1", "9" * 30, "0" * 48)), entry.path)
+        query = "&".join("%s=%s" % (field.name, self.random.choice(("", "1", "-1", "x", "%zz", "9" * 25)))
+                         for field in entry.fields if field.source == "query"
+                         and field.name != "wait" and self.random.random() < 0.5)
+        body = self.json(entry) if entry.method in ("POST", "PUT") else b""
+        head = "%s %s%s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\nX-Agent-Id: %s\r\n" % (
+            entry.method, path, "?" + query if query else "", len(body),
+            self.random.choice(("ada", "", "system", "a b", "x" * 200)))
+        data = head.encode() + b"Connection: close\r\n\r\n" + body
+        while self.random.random() < 0.3:
+            place = self.random.randrange(len(data))
+            data = data[:place] + self.random.choice(self.PIECES) + data[
+                place + self.random.randrange(4):]
+        return data
+
+    def line(self):
+        """The bytes of one line for the MCP reader."""
+        message = {"jsonrpc": "2.0", "id": self.random.choice(self.VALUES), "method":
+                   self.random.choice(("ping", "initialize", "tools/list", "tools/call", "x", 5)),
+                   "params": self.random.choice((None, [], {}, {"name": "tx_inbox"}, {
+                       "name": "nope", "arguments": {}}, {"_meta": 5}, {"_meta": {
+                           nexus.MCP_META: self.random.choice(self.VALUES)}}))}
+        data = json.dumps(message).encode()
+        if self.random.random() < 0.3:
+            place = self.random.randrange(len(data))
+            data = data[:place] + self.random.choice((b"\xff", b"{", b"\"", b"\\", b"")) + data[
+                place + 1:]
+        return data
+
+
+def fuzz_server(server, fuzzer, data):
+    """Send bytes; returns a sentence if the answer is one that must not be."""
+    answer = server.raw(data, timeout=0.05, half_close=True)
+    if answer and not re.match(rb"HTTP/1\.1 (100|[24]\d\d|503) ", answer):
+        return "answered %r" % answer[:80]
+    if server.lines:
+        return "logged %r" % server.lines.pop()
+    return None
+
+
+def fuzz_line(data):
+    """Feed the MCP dispatcher; returns a sentence if the answer is not JSON-RPC."""
+    out = io.BytesIO()
+    nexus.StdioMcp(nexus.LocalTools(None, lambda _: nexus.Client("http://127.0.0.1:1", sleep=(
+        lambda _: None))), io.BytesIO(data.replace(b"\n", b" ") + b"\n"), out).run()
+    for line in out.getvalue().splitlines():
+        found = json.loads(line.decode("utf-8"))
+        if found.get("jsonrpc") != "2.0" or found.get("error", {}).get("code") == -32603:
+            return "answered %r" % line
+    return None
+
+
+def fuzz(argv):
+    """The command `fuzz --minutes N [--seed S]`: exit 0 if nothing was found."""
+    minutes = float(argv[argv.index("--minutes") + 1]) if "--minutes" in argv else 1.0
+    seed = int(argv[argv.index("--seed") + 1]) if "--seed" in argv else int(time.time())
+    fuzzer, ends, count = Fuzzer(seed), time.monotonic() + 60 * minutes, 0
+    print("seed %d, %g minute(s)" % (seed, minutes), flush=True)
+    with Server(rate_limit=0) as server:
+        while time.monotonic() < ends:
+            data, line = fuzzer.request(), fuzzer.line()
+            for found, what in ((fuzz_server(server, fuzzer, data), data), (fuzz_line(line), line)):
+                if found:
+                    print("%s\nto %r\nAdd it to FOUND." % (found, what))
+                    return 1
+            count += 2
+    print("%d inputs, nothing found" % count)
+    return 0
+
+
+class Fuzzing(Case):
+    """A second of fuzzing with a fixed seed, and all that was ever found."""
+
+    def test_requests(self):
+        server, fuzzer, ends = self.server(rate_limit=0), Fuzzer(7), time.monotonic() + 1
+        for number in range(400):
+            data = FOUND[number] if number < len(FOUND) else fuzzer.request()
+            self.assertIsNone(fuzz_server(server, fuzzer, data), data)
+            if number >= 100 and time.monotonic() > ends:
+                break
+        self.expect(server.call("GET", "/health"), 200)
+
+    def test_mcp_lines(self):
+        fuzzer = Fuzzer(7)
+        for _ in range(300):
+            line = fuzzer.line()
+            self.assertIsNone(fuzz_line(line), line)
+
+
+# ----------------------------------------------------------------------------------------
+# Counterparts
+#
+# Programs of other people, where `.ci/run` or you have put them: the environment variables
+# NEXUS_TEST_MCP1 and NEXUS_TEST_MCP2 name a Python that has the official MCP SDK (1.x, 2.x),
+# NEXUS_TEST_SCHEMATHESIS the schema fuzzer.
+# ----------------------------------------------------------------------------------------
+
+MCP_CONVERSATION = r"""
+import asyncio, json, os, sys
+from mcp import ClientSession, StdioServerParameters
+from mcp.client.stdio import stdio_client
+
+async def agent(home, work):
+    parameters = StdioServerParameters(command=sys.argv[1], args=[sys.argv[2], "mcp", "--url",
+        sys.argv[3]], env=dict(os.environ, HOME=home, USERPROFILE=home))
+    async with stdio_client(parameters) as (reader, writer):
+        async with ClientSession(reader, writer) as session:
+            await session.initialize()
+            async def call(name, **arguments):
+                result = await session.call_tool(name, arguments)
+                failed = getattr(result, "isError", None) or getattr(result, "is_error", None)
+                assert not failed, result
+                return json.loads(result.content[0].text)
+            return await work(session, call)
+
+async def main():
+    home = sys.argv[4]
+    async def ada(session, call):
+        tools = (await session.list_tools()).tools
+        assert len(tools) >= 14, tools
+        made = await call("nexus_create", creatorAgentId="ada", greeting="Hello")
+        return made["sessionId"], (await call("nexus_pair", sessionId=made["sessionId"]))["code"]
+    session_id, code = await agent(home + "/ada", ada)
+    async def bob(session, call):
+        await call("nexus_claim", code=code, agentId="bob")
+        polled = await call("nexus_poll", sessionId=session_id)
+        assert [m["text"] for m in polled["messages"]] == ["Hello"], polled
+        await call("nexus_send", sessionId=session_id, text="Hi Ada")
+        sent = await call("tx_send", channel="c", content="kept")
+        assert (await call("tx_inbox", channel="c"))["messages"][0]["sender"] == "mcp"
+        await call("tx_ack", id=sent["id"])
+        assert (await call("tx_outbox_pending", channel="c"))["count"] == 0
+    await agent(home + "/bob", bob)
+    async def again(session, call):
+        polled = await call("nexus_poll", sessionId=session_id, wait=1)
+        assert polled["messages"][-1] ["verified"] is True, polled
+        assert polled["messages"][-1]["text"] == "Hi Ada", polled
+    await agent(home + "/ada", again)
+    print("done")
+
+asyncio.run(main())
+"""
+
+
+class Counterparts(Case):
+    """Other people's programs against ours."""
+
+    def converse(self, variable):
+        python = os.environ.get(variable)
+        if not python:
+            self.skipTest("%s names no Python with the MCP SDK" % variable)
+        server, home = self.server(), self.folder()
+        done = subprocess.run([python, "-c", MCP_CONVERSATION, sys.executable, NEXUS, server.url,
+                               home], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120,
+                              stdin=subprocess.DEVNULL)
+        self.assertEqual(done.stdout.decode().strip(), "done", done.stderr.decode()[-3000:])
+
+    def test_the_official_mcp_sdk_1(self):
+        self.converse("NEXUS_TEST_MCP1")
+
+    def test_the_official_mcp_sdk_2(self):
+        self.converse("NEXUS_TEST_MCP2")
+
+    def test_schemathesis_finds_no_500_and_no_answer_that_breaks_its_schema(self):
+        tool = os.environ.get("NEXUS_TEST_SCHEMATHESIS")
+        if not tool:
+            self.skipTest("NEXUS_TEST_SCHEMATHESIS names no schemathesis")
+        server, folder = self.server(rate_limit=0), self.folder()
+        with open(os.path.join(folder, "schemathesis.toml"), "w") as file:
+            file.write("[parameters]\nwait = 0\n")      # a long poll is not what is tested here
+        checks = ("not_a_server_error,status_code_conformance,content_type_conformance,"
+                  "response_schema_conformance,negative_data_rejection")
+        done = subprocess.run([tool, "run", server.url + "/openapi.json", "--checks", checks,
+                               "--max-examples", "20", "--seed", "1", "--phases",
+                               "coverage,fuzzing", "--exclude-path-regex", "/lease$",
+                               "--no-color"], cwd=folder, timeout=300, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 0, done.stdout.decode()[-4000:])
+
+
+# ----------------------------------------------------------------------------------------
+# Benchmark
+#
+# A speed is worth stating only as a ratio to something known, measured beside it in the same run:
+# absolute numbers age with the machine, ratios hold. The known thing is the floor, the best that a
+# normal user of the standard library gets from http.server with a handler that does nothing.
+# Rounds alternate (floor, ours, floor, ours …), so a machine that slows down slows both. The
+# client is a process of its own that only copies prepared bytes and checks every status and length:
+# a refusal is fast, and uncounted it would look like speed. It never asserts; it prints a table.
+# ----------------------------------------------------------------------------------------
+
+
+Row = collections.namedtuple("Row", "name work sign limit unit")
+ROWS = [
+    Row("send", "durable channel send, 16 connections", ">=", 1.0, "x floor"),
+    Row("session", "session send with key, 4 x 4 agents", ">=", 0.9, "x floor"),
+    Row("inbox", "inbox read of 10 messages, 16 connections", ">=", 0.8, "x floor"),
+    Row("wake", "send -> waiting long poll has it", "<=", 1.5, "x send alone"),
+    Row("million", "reading a channel of {stored:,}, not 1,000", "<=", 1.2, "x time"),
+    Row("expiry", "p99 of sends while {stored:,} expire", "<=", 3.0, "x quiet"),
+    Row("held", "{parked:,} long polls held and woken", ">=", 1.0, "of all"),
+    Row("parked", "sends with {parked:,} polls parked", ">=", 0.7, "x without"),
+    Row("parked-rss", "memory with {parked:,} polls parked", "<=", 600, "MiB"),
+    Row("cli-send", "process of `send` less a bare Python's", "<=", 1.0, "x bash"),
+    Row("cli-tx", "process of `tx send` less a bare Python's", "<=", 1.0, "x bash"),
+    Row("idle", "memory of an idle server", "<=", 30, "MiB"),
+    Row("growth", "growth from 20,000 to {growth:,} requests", "<=", 4, "MiB"),
+    Row("stored", "growth with {stored:,} messages stored, read", "<=", 16, "MiB"),
+]
+# rounds: pairs of measurements; seconds: length of one; turns: polls woken, and reads per position,
+# in a round; watch: seconds after the expiry, of which the contract allows the purge ten.
+Sizes = collections.namedtuple("Sizes", "rounds seconds turns watch stored growth parked")
+FULL = Sizes(5, 1.5, 200, 15, 1000000, 200000, 10000)  # about 5 minutes on 2 cores
+QUICK = Sizes(3, 0.7, 60, 8, 100000, 100000, 2000)  # about 1 minute
+
+LANES = 16  # keep-alive connections of a throughput row, as in `wrk -c 16`
+FILL_LANES = 64  # and while filling, where only the total counts
+CHUNK = 20000  # messages sent between two looks at clock and memory
+FILL_SECONDS = 200  # a slower server gets fewer messages, and the row says how many
+VARIANTS = 32  # different messages a connection cycles through: no cache shall look good
+WARM_UP = 0.3  # seconds at the head of each measurement that don't count
+PAUSE = 0.003  # seconds before a timed send, so that the long poll is surely parked
+PARK_PAUSE = 0.001  # between two polls: a full accept queue costs a second per lost SYN
+STUCK = 20  # seconds without any answer after which a server counts as hung
+STARTS = 15  # interleaved starts of each command; one takes 20 to 100 ms
+LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)[ \t]*\r\n", re.IGNORECASE)
+
+# What a bash client does for one send: alias, agent, key and server are read, a body is built, one
+# curl, status and body are taken apart, the answer is checked and printed.
+BASH_SEND = r"""set -euo pipefail
+sid=$(jq -r --arg name "$1" '.[$name] // $name' "$HOME/.config/messaging/aliases.json")
+state="$HOME/.config/messaging/sessions/$sid"
+agent=$(tr -d '\n' < "$state/agent")
+key=$(tr -d '\n' < "$state/key")
+url=$(cat "$state/server")
+body=$(jq -nc --arg text "$2" '{text: $text}')
+answer=$(curl -sS -m 10 -w '\n%{http_code}' -X POST "$url/v1/sessions/$sid/messages" \
+  -H 'Content-Type: application/json' -H "X-Agent-Id: $agent" -H "X-Session-Key: $key" -d "$body")
+[ "${answer##*$'\n'}" = 201 ]
+body=$(sed '$d' <<< "$answer")
+jq -e .ok <<< "$body" > /dev/null
+jq . <<< "$body" """
+
+
+def tell(text):
+    """One line of progress on stderr; stdout belongs to the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- the load generator: prepared bytes out, counted bytes in
+
+
+def bench_request(method, path, body=None, **headers):
+    """The bytes of one HTTP/1.1 request, a `body` as JSON; no header that isn't needed."""
+    data = b"" if body is None else json.dumps(body).encode()
+    lines = ["%s %s HTTP/1.1" % (method, path), "Host: 127.0.0.1"]
+    if body is not None:
+        lines += ["Content-Type: application/json", "Content-Length: %d" % len(data)]
+    lines += ["%s: %s" % (name.replace("_", "-"), value) for name, value in headers.items()]
+    return "\r\n".join(lines + ["", ""]).encode() + data
+
+
+def answer_is_whole(data):
+    """Whether `data` is one whole answer; ValueError if it can't become exactly one."""
+    head = data.find(b"\r\n\r\n")
+    if head < 0:
+        return False
+    length = LENGTH.search(data, 0, head + 2)
+    if not length or not data.startswith(b"HTTP/1.1 "):
+        raise ValueError("not an answer with a Content-Length: %r" % data[:200])
+    missing = head + 4 + int(length.group(1)) - len(data)
+    if missing < 0:
+        raise ValueError("%d bytes more than the Content-Length" % -missing)
+    return missing == 0
+
+
+class Lane:
+    """One keep-alive connection, used by one thread, with the requests it cycles through."""
+
+    def __init__(self, port, requests=()):
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=70)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.requests = itertools.cycle(requests)
+        self.send, self.fileno = self.socket.sendall, self.socket.fileno
+        self.since = 0.0  # when the request under way was sent, by perf_counter
+        self.data = b""  # what has come of its answer
+
+    def send_next(self, now):
+        """Send the next prepared request."""
+        self.data, self.since = b"", now
+        self.send(next(self.requests))
+
+    def read_some(self):
+        """Take what has arrived; True when the answer is whole (it is in `data`)."""
+        piece = self.socket.recv(65536)
+        if not piece:
+            raise ConnectionError("closed by the server after %r, %.1f s after the request" % (
+                self.data[:200], time.perf_counter() - self.since))
+        self.data += piece
+        return answer_is_whole(self.data)
+
+    def receive(self):
+        """(status, body) of the next answer, however long it takes."""
+        self.data = b""
+        while not self.read_some():
+            pass
+        return int(self.data[9:12]), self.data.partition(b"\r\n\r\n")[2]
+
+    def call(self, method, path, body=None, **headers):
+        """Send, receive and parse; for preparations, so anything but 2xx is an error."""
+        self.send(bench_request(method, path, body, **headers))
+        status, data = self.receive()
+        if status // 100 != 2:
+            raise RuntimeError("%s %s: %d %s" % (method, path, status, data[:300].decode()))
+        return json.loads(data)
+
+
+# What a load saw: for each answer when it ended and how long it took (seconds by perf_counter,
+# which all processes share), the span that counts, statuses but 2xx, CPU share of the client.
+Load = collections.namedtuple("Load", "ended took begin stop bad busy")
+
+
+def drive(_pipe, port, lanes, seconds, count):
+    """Closed loop: each lane (a list of requests) is one connection that sends its next request as
+    soon as the last is answered, for `seconds` or `count` requests. Every answer is waited for."""
+    clock, ended, took = time.perf_counter, array.array("d"), array.array("d")
+    bad, selector = collections.Counter(), selectors.DefaultSelector()
+    connections = [Lane(port, lane) for lane in lanes]
+    begin, cpu = clock(), time.process_time()
+    stop, left = begin + seconds, count - len(lanes)
+    for connection in connections:
+        selector.register(connection, selectors.EVENT_READ, connection)
+        connection.send_next(clock())
+    while selector.get_map():
+        ready = selector.select(STUCK)
+        if not ready:
+            raise TimeoutError("%d requests without an answer for %d s" % (
+                len(selector.get_map()), STUCK))
+        for connection in [key.data for key, _ in ready]:
+            if not connection.read_some():
+                continue
+            now = clock()
+            ended.append(now)
+            took.append(now - connection.since)
+            if connection.data[9:10] != b"2":
+                bad[connection.data[9:12].decode()] += 1
+            if now < stop and left > 0:
+                left -= 1
+                connection.send_next(now)
+            else:  # done: that the server may close an idle connection is no failure
+                selector.unregister(connection)
+    busy = (time.process_time() - cpu) / (clock() - begin)
+    return Load(ended, took, begin + WARM_UP, stop, bad, busy)
+
+
+def rate_of(load):
+    """Answers a second between warm-up and stop."""
+    first, last = (bisect.bisect_left(load.ended, moment) for moment in (load.begin, load.stop))
+    return (last - first) / (load.stop - load.begin)
+
+
+def p99(load, begin=0.0, end=math.inf):
+    """The seconds within which 99% of the answers came that ended in that time, after the warm-up;
+    not a number when there were none."""
+    begin = max(begin, load.begin)
+    took = sorted(took for ended, took in zip(load.ended, load.took) if begin <= ended < end)
+    return took[int(len(took) * 0.99)] if took else math.nan
+
+
+def hold_polls(pipe, port, requests):
+    """Park one long poll per request, and again when its wait is over. Tells the pipe when all are
+    sent, and at any question: how many are parked, how many were woken, why others were lost."""
+    selector, woken, lost = selectors.DefaultSelector(), 0, collections.Counter()
+    for text in requests:
+        connection = Lane(port, [text])
+        connection.send_next(0)
+        selector.register(connection, selectors.EVENT_READ, connection)
+        time.sleep(PARK_PAUSE)
+    selector.register(pipe, selectors.EVENT_READ)
+    pipe.send("parked")
+    while True:
+        for connection in [key.data for key, _ in selector.select()]:
+            if connection is None:  # the pipe; its EOFError ends this process with its parent
+                pipe.recv()
+                pipe.send((len(selector.get_map()) - 1, woken, lost))
+                continue
+            try:
+                status, body = connection.receive()
+            except OSError as error:
+                status, body = type(error).__name__, b""
+            if status == 200 and not json.loads(body)["messages"]:
+                connection.send_next(0)
+                continue
+            selector.unregister(connection)  # parked again it would be answered at once, for ever
+            if status == 200:
+                woken += 1
+            else:
+                lost[str(status)] += 1
+
+
+# ---- the processes: floor, worker, server
+
+
+class FloorHandler(http.server.BaseHTTPRequestHandler):
+    """The floor: stock parsing, keep-alive, no Nagle, one write per answer, a little JSON."""
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1  # buffered: headers and body leave in one write
+
+    def do_POST(self):
+        """Parse the body, keep nothing, answer."""
+        json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.dumps({"ok": True, "id": 1}).encode()
+        self.send_response(201)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_args):
+        """The stock handler writes a line per request to stderr; that would not be a floor."""
+
+
+def serve_floor(pipe):
+    """Worker: tell the port, then serve until terminated."""
+    http.server.ThreadingHTTPServer.request_queue_size = 128  # 5 would refuse connections
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FloorHandler) as server:
+        pipe.send(server.server_address[1])
+        server.serve_forever()
+
+
+def bench_work(pipe, function, arguments):
+    """The main function of a worker process: the result, or the exception, goes to the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked child inherits the parent's handler
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        try:
+            pipe.send(function(pipe, *arguments))
+        except Exception as error:  # whatever it is, the parent should name it
+            pipe.send(RuntimeError("%s: %s" % (type(error).__name__, error)))
+
+
+class Worker:
+    """`function(pipe, *arguments)` in a process of its own."""
+
+    def __init__(self, function, *arguments):
+        self.pipe, theirs = multiprocessing.Pipe()
+        self.process = multiprocessing.Process(
+            target=work, args=(theirs, function, arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def result(self, seconds=180):
+        """The next thing the worker reports; RuntimeError if it failed or says nothing."""
+        if not self.pipe.poll(seconds):
+            raise RuntimeError("the load generator hung")
+        value = self.pipe.recv()
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    def close(self):
+        """End the process, whatever it does."""
+        self.process.terminate()
+        self.process.join()
+        self.pipe.close()
+
+
+def bench_environment(folder, **more):
+    """The environment without the user's settings, with a home of our own."""
+    kept = {name: value for name, value in os.environ.items()
+            if not name.startswith(("NEXUS_", "TX_", "XDG_"))}
+    return dict(kept, HOME=folder, USERPROFILE=folder, **more)
+
+
+class BenchServer:
+    """`nexus.py serve` on a fresh database in `folder`, with its log beside it."""
+
+    def __init__(self, folder, name):
+        self.db, log = pathlib.Path(folder, name + ".db"), pathlib.Path(folder, name + ".log")
+        command = [sys.executable, NEXUS, "serve", "--port", "0", "--db", str(self.db),
+                   "--rate-limit", "0", "--quiet"]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder,
+                                            env=bench_environment(folder), stdin=subprocess.DEVNULL)
+        try:
+            self.url, self.port = self.find_url(log)
+        except BaseException:  # Ctrl-C as well: nobody else knows of this process yet
+            self.close()
+            raise
+
+    def find_url(self, log):
+        """(URL, port) from what the server printed within 15 seconds."""
+        end = time.monotonic() + 15
+        while True:
+            text = log.read_text(errors="replace")
+            found = re.search(r"(http://127\.0\.0\.1:(\d+))\D", text)
+            if found:
+                return found.group(1), int(found.group(2))
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError("the server did not start: " + " ".join(text.split())[-200:])
+            time.sleep(0.02)
+
+    def rss(self):
+        """Resident memory in MiB, NaN where there is no /proc."""
+        with contextlib.suppress(OSError):
+            status = pathlib.Path("/proc/%d/status" % self.process.pid).read_text()
+            return int(re.search(r"VmRSS:\s+(\d+) kB", status).group(1)) / 1024
+        return math.nan
+
+    def used_pages(self):
+        """Pages of the database that hold something; it asks SQLite and needs no schema."""
+        name = self.db.as_uri() + "?mode=ro"
+        with contextlib.closing(sqlite3.connect(name, uri=True, timeout=1)) as db:
+            return (db.execute("PRAGMA page_count").fetchone()[0]
+                    - db.execute("PRAGMA freelist_count").fetchone()[0])
+
+    def close(self):
+        """Ask it to stop; after five seconds make it."""
+        self.process.terminate()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+# ---- the run: what was asked for, what is running, what came out
+
+
+class BenchRun:
+    """One run of the benchmark. What a stage starts is closed when its `stack` closes."""
+
+    def __init__(self, sizes, names, folder):
+        self.sizes, self.names, self.folder = sizes, names, folder
+        self.results, self.stack = {}, contextlib.ExitStack()
+        self.bad, self.busy = collections.Counter(), 0.0  # of the stage; of the busiest client
+
+    def keep(self, thing):
+        """Close `thing` when the stage ends, however it ends."""
+        self.stack.callback(thing.close)
+        return thing
+
+    def load(self, port, lanes, seconds=math.inf, count=sys.maxsize, watch=None):
+        """Drive the lanes from a process of its own; `watch()` is called every 0.1 s meanwhile."""
+        with contextlib.closing(Worker(drive, port, lanes, seconds, count)) as worker:
+            while watch and not worker.pipe.poll(0.1):
+                watch()
+            load = worker.result()
+        self.bad.update(load.bad)
+        self.busy = max(self.busy, load.busy)
+        return load
+
+    def compare(self, name, base, ours):
+        """Record a throughput row; `base` and `ours` are (port, lanes), measured by turns."""
+        pairs = []
+        for number in range(self.sizes.rounds):
+            pairs.append([rate_of(self.load(*side, seconds=self.sizes.seconds + WARM_UP))
+                          for side in (ours, base)])
+            tell("  %-8s round %d: %6.0f/s, base %6.0f/s" % (name, number + 1, *pairs[-1]))
+        self.record_pairs(name, pairs, "{:,.0f}/s, base {:,.0f}/s")
+
+    def record_pairs(self, name, pairs, note):
+        """A row's result from (ours, base) of each round: the median of their ratios."""
+        medians = map(statistics.median, zip(*pairs))
+        self.record(name, [ours / base for ours, base in pairs], note=note.format(*medians))
+
+    def record(self, name, values, value=None, note=""):
+        """A row's result: the median of `values` unless a pooled `value` is given, their spread."""
+        value = statistics.median(values) if value is None else value
+        if math.isnan(value):
+            return self.skip(name, "can't be measured here")
+        row = next(row for row in ROWS if row.name == name)
+        self.results[name] = {"measured": value, "min": min(values), "max": max(values),
+                              "note": note,
+                              "ok": value >= row.limit if row.sign == ">=" else value <= row.limit}
+        return None
+
+    def skip(self, name, why):
+        """A row that can't be measured here."""
+        self.results[name] = {"ok": None, "note": "skipped: " + why}
+
+    def stage(self, function, names):
+        """One stage; its failure is the result of its rows and does not end the run."""
+        tell("%s …" % ", ".join(name for name in names if name in self.names))
+        self.bad.clear()
+        try:
+            with self.stack:
+                function(self)
+        except Exception as error:
+            tell("  failed: %r" % error)
+            for name in set(names).difference(self.results):
+                self.results[name] = {"ok": False, "note": "failed: %s" % error}
+        for name in set(names).intersection(self.results) if self.bad else ():
+            self.results[name]["ok"] = False  # the numbers are about something else
+            self.results[name]["note"] += " NOT 2xx: %s" % dict(self.bad)
+
+
+# ---- the stages: each prepares a server of its own and records its rows
+
+
+def prose(number):
+    """An ordinary message of about 110 bytes, different for each number."""
+    return ("Build %d passed on main: 214 tests in 38 s, two skipped. The artifacts are in the "
+            "usual place, please review." % number)
+
+
+def channel_lanes(channel, count, **fields):
+    """`count` lanes of sends to one channel, each with its own sender."""
+    return [[bench_request("POST", "/api/messages", dict(
+        fields, channel=channel, sender="agent-%d" % lane, content=prose(lane * VARIANTS + number)))
+        for number in range(VARIANTS)] for lane in range(count)]
+
+
+def join_agents(server, sessions, agents):
+    """[(session id, agent, key), …] of fresh sessions with that many members each."""
+    wire, members = Lane(server.port), []
+    for _ in range(sessions):
+        session = wire.call("PUT", "/v1/sessions", {})["sessionId"]
+        for agent in ("agent-%d" % number for number in range(agents)):
+            path = "/v1/sessions/%s/join" % session
+            key = wire.call("POST", path, {}, X_Agent_Id=agent)["sessionKey"]
+            members.append((session, agent, key))
+    return members
+
+
+def stage_throughput(run):
+    """The three rows against the floor, 16 keep-alive connections each. Four sessions, because one
+    may keep 100,000 messages and a full run sends more."""
+    server, worker = run.keep(BenchServer(run.folder, "throughput")), run.keep(Worker(serve_floor))
+    floor = worker.result(10), channel_lanes("floor", LANES)
+    for port in (floor[0], server.port):  # the first second of a process is not its speed
+        run.load(port, floor[1], seconds=1)
+    if "send" in run.names:
+        run.compare("send", floor, (server.port, channel_lanes("builds", LANES)))
+    if "session" in run.names:
+        run.compare("session", floor, (server.port, [[bench_request(
+            "POST", "/v1/sessions/%s/messages" % session, {"text": prose(number)},
+            X_Agent_Id=agent, X_Session_Key=key) for number in range(VARIANTS)]
+            for session, agent, key in join_agents(server, 4, LANES // 4)]))
+    if "inbox" in run.names:
+        wire, path = Lane(server.port), "/api/messages/inbox/ten?limit=10"
+        for number in range(12):
+            wire.call("POST", "/api/messages", {"channel": "ten", "content": prose(number)})
+        if len(wire.call("GET", path)["messages"]) != 10:
+            raise RuntimeError("the inbox did not give 10 messages")
+        run.compare("inbox", floor, (server.port, [[bench_request("GET", path)]] * LANES))
+
+
+def microseconds(sender, text, receiver, pause=0.0):
+    """Time from a send until `receiver` has its answer; after a pause, to start from rest."""
+    time.sleep(pause)
+    begin = time.perf_counter()
+    sender.send(text)
+    receiver.receive()
+    return (time.perf_counter() - begin) * 1e6
+
+
+def stage_wake(run):
+    """One sender, one waiter: a send that wakes and a send alone, by turns, after equal pauses."""
+    server, last, pairs = run.keep(BenchServer(run.folder, "wake")), 0, []
+    sender, waiter = Lane(server.port), Lane(server.port)
+    wakes, alone = (channel_lanes(name, 1)[0] for name in ("wake", "alone"))
+    for _ in range(run.sizes.rounds):
+        times = []
+        for turn in range(run.sizes.turns):
+            waiter.send(bench_request("GET", "/api/messages/inbox/wake?afterId=%d&wait=10" % last))
+            woken = microseconds(sender, wakes[turn % VARIANTS], waiter, PAUSE)
+            last = json.loads(sender.receive()[1])["id"]
+            got = json.loads(waiter.data.partition(b"\r\n\r\n")[2])["messages"]
+            if [message["id"] for message in got] != [last]:
+                raise RuntimeError("the poll did not give the one new message: %r" % got)
+            times.append((woken, microseconds(sender, alone[turn % VARIANTS], sender, PAUSE)))
+        pairs.append([statistics.median(side) for side in zip(*times)])
+    run.record_pairs("wake", pairs, "{:.0f} us, alone {:.0f} us")
+
+
+def fill_channel(run, server, channel, count, deadline=None):
+    """Send `count` messages from 64 connections; with a `deadline` (by perf_counter) they all
+    expire there, and filling ends in time before it. Returns [(stored, MiB of the server), …]."""
+    done, memory, last = 0, [], (deadline or math.inf) - run.sizes.watch / 3 - 2
+    while done < count and time.perf_counter() < last:
+        ttl = {"ttlSeconds": math.ceil(deadline - time.perf_counter())} if deadline else {}
+        part = min(CHUNK, count - done)
+        run.load(server.port, channel_lanes(channel, FILL_LANES, **ttl), count=part)
+        done += part
+        memory.append((done, server.rss()))
+        if done % (5 * CHUNK) == 0:
+            tell("  {:,} messages stored, {:.1f} MiB".format(*memory[-1]))
+    return memory
+
+
+def read_both(run, server, stored, note):
+    """Pages of 10 at start, middle and end of both channels, read by read in turn. A round's value
+    is the worst of the three positions, so that one slow place can't hide behind two fast."""
+    wire, pairs, reads = Lane(server.port), [], []
+    for share in (0, 0.5, 0.98):
+        reads.append([])
+        for channel, count in (("big", stored), ("small", 1000)):
+            path = "/api/messages/inbox/" + channel
+            first = wire.call("GET", path + "?limit=1")["messages"][0]["id"]
+            path += "?limit=10&afterId=%d" % (first - 1 + int(count * share))
+            if len(wire.call("GET", path)["messages"]) != 10:
+                raise RuntimeError("%s did not give 10 messages" % path)
+            reads[-1].append(bench_request("GET", path))
+    for _ in range(run.sizes.rounds):
+        medians = [[statistics.median(side) for side in zip(*(
+            [microseconds(wire, text, wire) for text in pair] for _ in range(run.sizes.turns)))]
+            for pair in reads]
+        pairs.append(max(medians, key=lambda pair: pair[0] / pair[1]))
+    run.record_pairs("million", pairs, "{:.0f} us, small {:.0f} us" + note)
+
+
+def watch_purge(run, server, deadline, empty, note):
+    """p99 of sends before the deadline, and from it until the purge is over. Sends go on, so then
+    the used pages of the database, which sank, rise again: the purge ends at their minimum."""
+    lanes, pages, watch = channel_lanes("after", LANES), [], run.sizes.watch
+    time.sleep(max(0.0, deadline - watch / 3 - 1 - time.perf_counter()))
+    quiet = p99(run.load(server.port, lanes, seconds=watch / 3))
+    full = server.used_pages()
+    load = run.load(server.port, lanes, deadline + watch - time.perf_counter(),
+                    watch=lambda: pages.append((server.used_pages(), time.perf_counter())))
+    least, end = min(pages)
+    purged = least < (empty + full) / 2
+    if not purged:
+        end, note = load.stop, note + " NOT PURGED in %d s" % watch
+    seconds = itertools.takewhile(lambda second: second < end, itertools.count(deadline))
+    slices = [p99(load, second, min(end, second + 1)) / quiet for second in seconds]
+    value = p99(load, deadline, end)
+    run.record("expiry", [ratio for ratio in slices if ratio > 0], value / quiet,
+               "%.1f ms, quiet %.1f ms, over in %.1f s%s" % (
+                   value * 1e3, quiet * 1e3, end - deadline, note))
+    run.results["expiry"]["ok"] &= purged  # sends are not slowed by a purge that doesn't happen
+
+
+def stage_million(run):
+    """Fill one big channel whose messages expire together; weigh it, read it, watch it go."""
+    server, sizes, begin = run.keep(BenchServer(run.folder, "million")), run.sizes, time.perf_counter()
+    base = fill_channel(run, server, "warm", CHUNK)[-1][1]
+    filling = min(FILL_SECONDS, 1.3 * sizes.stored / CHUNK * (time.perf_counter() - begin))
+    fill_channel(run, server, "small", 1000)
+    empty = server.used_pages()
+    reading = sizes.rounds * sizes.turns * 6 * 0.001
+    deadline = time.perf_counter() + filling + reading + sizes.watch / 3 + 3
+    memory = fill_channel(run, server, "big", sizes.stored, deadline)
+    stored = memory[-1][0]
+    note = "" if stored == sizes.stored else " only {:,} stored in time".format(stored)
+    grown = max(rss for done, rss in memory if done + CHUNK <= sizes.growth) - base
+    run.record("growth", [grown], note="{:.1f} MiB at 20,000".format(base))
+    read_both(run, server, stored, note)
+    run.record("stored", [server.rss() - base], note=note)
+    if "expiry" in run.names:
+        watch_purge(run, server, deadline, empty, note)
+
+
+def raise_file_limit(wanted):
+    """Raise the limit of open files, which servers inherit; whether `wanted` may be open."""
+    try:
+        import resource  # POSIX only
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(wanted, hard)))
+        return True
+    except (ImportError, ValueError, OSError):
+        return False
+
+
+def poll_requests(server, count):
+    """Long polls that nothing ends: half on channels of their own, half by members of sessions."""
+    members = join_agents(server, max(1, count // 100), 50)[:count // 2]
+    return [bench_request("GET", "/api/messages/inbox/lonely-%d?wait=60" % number)
+            for number in range(count - len(members))] + [
+        bench_request("GET", "/v1/sessions/%s/messages?after=0&wait=60" % session, X_Agent_Id=agent)
+        for session, agent, _key in members]
+
+
+def stage_parked(run):
+    """Two servers, one with all the polls parked; sends to both by turns; then some are woken."""
+    wanted = run.sizes.parked
+    if not raise_file_limit(wanted + 500) or not os.path.isdir("/proc/self/fd"):
+        for name in ("held", "parked-rss", "parked"):
+            run.skip(name, "needs /proc and %d open files (ulimit -n)" % (wanted + 500))
+        return
+    free, server = (run.keep(BenchServer(run.folder, name)) for name in ("free", "parked"))
+    polls, begin = poll_requests(server, wanted), time.perf_counter()
+    holders = [run.keep(Worker(hold, server.port, polls[half::2])) for half in (0, 1)]
+    for holder in holders:
+        holder.result()
+    time.sleep(1)
+    tell("  parked in %.1f s, %.0f MiB" % (time.perf_counter() - begin, server.rss()))
+    run.compare("parked", (free.port, channel_lanes("sends", LANES)),
+                (server.port, channel_lanes("sends", LANES)))
+    run.record("parked-rss", [server.rss()])
+    sockets = len(os.listdir("/proc/%d/fd" % server.process.pid))
+    for name in ("lonely-%d" % number for number in range(100)):  # are those that look parked?
+        Lane(server.port).call("POST", "/api/messages", {"channel": name, "content": "up"})
+    time.sleep(1)
+    for holder in holders:
+        holder.pipe.send("report")
+    held, woken, lost = zip(*(holder.result() for holder in holders))
+    for reasons in lost:
+        run.bad.update(reasons)
+    held, woken = min(sum(held) + sum(woken), sockets), sum(woken)
+    run.record("held", [held / wanted * (woken == 100)], note="%d of 100 woken" % woken)
+
+
+def process_seconds(command, folder, url):
+    """Wall seconds of one process that must succeed."""
+    begin = time.perf_counter()
+    done = subprocess.run(command, env=bench_environment(folder, NEXUS_URL=url), cwd=folder, timeout=30,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if done.returncode:
+        output = (done.stdout + done.stderr).decode(errors="replace").strip()
+        raise RuntimeError("exit %d from %s: %s" % (done.returncode, command[:4], output[-300:]))
+    return time.perf_counter() - begin
+
+
+def stage_command_line(run):
+    """Whole processes, interleaved: bare Python, the two sends, and what the bash client does."""
+    server = run.keep(BenchServer(run.folder, "command-line"))
+    session, agent, key = join_agents(server, 1, 1)[0]
+    config = pathlib.Path(run.folder, ".config", "messaging")
+    (config / "sessions" / session).mkdir(parents=True, mode=0o700)
+    (config / "aliases.json").write_text("{}\n")
+    for name, value in zip(("agent", "key", "cursor", "server"), (agent, key, "0", server.url)):
+        (config / "sessions" / session / name).write_text(value + "\n")
+    commands = {"python": [sys.executable, "-c", "pass"],
+                "cli-send": [sys.executable, NEXUS, "send", session, prose(1)],
+                "cli-tx": [sys.executable, NEXUS, "tx", "send", "builds", prose(1)],
+                "bash": ["bash", "-c", BASH_SEND, "send", session, prose(1)]}
+    missing = [tool for tool in ("bash", "curl", "jq") if not shutil.which(tool)]
+    if missing:
+        del commands["bash"]
+    times = {name: [] for name in commands}
+    for name in list(commands) * (STARTS + 1):
+        times[name].append(process_seconds(commands[name], run.folder, server.url) * 1e3)
+    bare = statistics.median(times["python"])
+    for name in ("cli-send", "cli-tx"):
+        own = [each - bare for each in times[name][1:]]  # the first one warmed the disk's cache
+        if missing:
+            run.skip(name, "no %s; ours takes %.1f ms" % (missing[0], statistics.median(own)))
+        else:
+            bash = statistics.median(times["bash"][1:])
+            run.record(name, [each / bash for each in own], note="%.1f ms, bash %.1f ms" % (
+                statistics.median(own), bash))
+
+
+def stage_idle(run):
+    """A server that has answered once and waits."""
+    server = run.keep(BenchServer(run.folder, "idle"))
+    Lane(server.port).call("GET", "/health")
+    time.sleep(1)
+    run.record("idle", [server.rss()])
+
+
+STAGES = [
+    (stage_idle, ("idle",)),
+    (stage_throughput, ("send", "session", "inbox")),
+    (stage_wake, ("wake",)),
+    (stage_command_line, ("cli-send", "cli-tx")),
+    (stage_million, ("million", "growth", "stored", "expiry")),
+    (stage_parked, ("held", "parked-rss", "parked")),
+]
+
+
+# ---- the report
+
+
+def bench_machine(folder):
+    """What the numbers depend on: cores, versions, file system and what one fsync costs there."""
+    points, times = [("", "unknown")], []
+    with contextlib.suppress(OSError), open("/proc/mounts", encoding="utf-8") as mounts:
+        points += [line.split()[1:3] for line in mounts]
+    inside = [point for point in points if (folder + "/").startswith(point[0].rstrip("/") + "/")]
+    with open(os.path.join(folder, "probe"), "wb", buffering=0) as probe:
+        for _ in range(30):
+            probe.write(b"x" * 4096)
+            begin = time.perf_counter()
+            os.fsync(probe.fileno())
+            times.append(time.perf_counter() - begin)
+    return {"cores": os.cpu_count(), "system": platform.platform(terse=True),
+            "python": "%s %s" % (platform.python_implementation(), platform.python_version()),
+            "sqlite": sqlite3.sqlite_version, "filesystem": max(inside, key=lambda p: len(p[0]))[1],
+            "fsyncMicroseconds": round(statistics.median(times) * 1e6)}
+
+
+def bench_table(facts, rows, quick):
+    """The result as text: the machine, then one line per row."""
+    lines = ["{cores} cores, {python}, SQLite {sqlite}, {filesystem} (fsync {fsyncMicroseconds} us)"
+             ", {system}".format(**facts)]
+    if quick:
+        lines.append("--quick: smaller sizes, fewer rounds; the targets are meant for a full run")
+    shape = "%-11s%-48s%-22s%-21s%-8s%s"
+    lines += ["", shape % ("row", "work", "target", "median (min-max)", "", "medians behind it")]
+    for row in rows:
+        measured = "%.2f (%.2f-%.2f)" % (row["measured"], row["min"], row["max"]) \
+            if "measured" in row else ""
+        verdict = {True: "ok", False: "MISSED", None: ""}[row["ok"]]
+        lines.append(shape % (row["name"], row["work"], row["target"], measured, verdict,
+                              row["note"].strip()))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def bench_arguments(argv):
+    """The parsed command line of `bench`."""
+    parser = argparse.ArgumentParser(prog="test_nexus.py bench", description=(
+        "Measure nexus.py against the stock http.server; TMPDIR picks the disk."))
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, about a minute")
+    parser.add_argument("--only", action="append", metavar="ROW", choices=[r.name for r in ROWS],
+                        help="one of: %(choices)s; may be repeated")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds (5, quick 3)")
+    return parser.parse_args(argv)
+
+
+def bench(argv):
+    """Run the benchmark and print its table; 0 if it ran, whatever it measured."""
+    options, begin = bench_arguments(argv), time.monotonic()
+    sizes = QUICK if options.quick else FULL
+    sizes = sizes._replace(rounds=max(1, options.rounds or sizes.rounds))
+    names = options.only or [row.name for row in ROWS]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `kill` cleans up as well
+    with tempfile.TemporaryDirectory(prefix="nexus-bench-") as folder:
+        folder = os.path.realpath(folder)
+        facts, run = bench_machine(folder), BenchRun(sizes, names, folder)
+        try:
+            for stage, stage_rows in STAGES:
+                if set(stage_rows).intersection(names):
+                    run.stage(stage, stage_rows)
+        except KeyboardInterrupt:
+            tell("interrupted; what is measured so far:")
+    tell("done in %.0f s; busiest load generator: %.0f%% of a core%s" % (
+        time.monotonic() - begin, run.busy * 100,
+        ", so it is part of what was measured" if run.busy > 0.9 else ""))
+    rows = [dict({"name": row.name, "work": row.work.format(**sizes._asdict()),
+                  "target": "%s %g %s" % (row.sign, row.limit, row.unit)}, **run.results[row.name])
+            for row in ROWS if row.name in names and row.name in run.results]
+    if options.json:
+        print(json.dumps({"machine": facts, "quick": options.quick, "rows": rows}, indent=2))
+    else:
+        print(bench_table(facts, rows, options.quick))
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["bench"]:
+        sys.exit(bench(sys.argv[2:]))
+    if sys.argv[1:2] == ["fuzz"]:
+        sys.exit(fuzz(sys.argv[2:]))
+    unittest.main()
