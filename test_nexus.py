@@ -192,7 +192,7 @@ class Process:
     """A server in a process of its own, to be killed. `url` once it is up; stop() is SIGTERM."""
 
     def __init__(self, folder, *flags, **environ):
-        self.folder = folder
+        self.folder, self._ended = folder, None
         self._errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [sys.executable, NEXUS, "serve", "--port", "0"] + list(flags), cwd=folder,
@@ -203,7 +203,9 @@ class Process:
         self.port = int(self.url.rpartition(":")[2]) if line else None
 
     def stop(self, how=signal.SIGTERM):
-        """End it; returns (exit code, what it wrote on stderr)."""
+        """End it; returns (exit code, what it wrote on stderr), also when it is called again."""
+        if self._ended:
+            return self._ended
         if self.process.poll() is None:
             self.process.send_signal(how)
         code = self.process.wait(20)
@@ -211,7 +213,8 @@ class Process:
         self._errors.seek(0)
         text = self._errors.read().decode("utf-8", "replace")
         self._errors.close()
-        return code, text
+        self._ended = code, text
+        return self._ended
 
 
 def clean_environment(home, **more):
@@ -2090,7 +2093,7 @@ class FileTest(Case):
             " expires_at, last_cursor) VALUES ('%s', 100, 5, 1, 1800000000000, 1);"
             "INSERT INTO agents VALUES (1, 'ada', x'00', 1, 1);"
             "INSERT INTO session_messages (place, id, agent_id, text, verified, created_at,"
-            " expires_at) VALUES (4294967297, 'm', 'ada', 'here', 0, 1, 1800000000000)" % UNKNOWN)
+            " expires_at, size) VALUES (4294967297, 'm', 'ada', 'here', 0, 1, 1800000000000, 4)" % UNKNOWN)
         server = self.server(db=self.path)
         self.assertEqual(texts(server.poll(UNKNOWN, "ada")), ["here"])
         self.expect(server.call("POST", "/api/messages/inbox/x/lease", {"consumer": "me"}), 200)
@@ -3993,8 +3996,9 @@ class Refusals(CliCase):
         self.no("usage", "status", "x", NEXUS_HTTP_TIMEOUT="soon", code=2)
 
     def test_wrong_usage_of_tx_keeps_stdout_for_results(self):
-        for words in ([], ["nonsense"], ["send", "builds"], ["ack", "x"], ["lease", "jobs"], ["ask", "jobs"],
-                      ["send", "c", "x", "--metadata", "{"], ["inbox", "c", "--limit", "few"]):
+        for words in ([], ["nonsense"], ["send", "builds"], ["ack", "x"], ["lease", "jobs"],
+                      ["ask", "jobs"], ["send", "c", "x", "--metadata", "{"],
+                      ["inbox", "c", "--limit", "few"]):
             ran = self.cli("tx", *words)
             self.assertEqual((ran.code, ran.out), (2, ""), ran)
             self.no("usage", "tx", *words, "--json", code=2)
@@ -4753,8 +4757,10 @@ class ServeProcess(ServeCase):
             thread = threading.Thread(target=lambda: answers.append(
                 nexus.Client(process.url).poll(sid, "ada", wait=60)))
             thread.start()
-            while client.stats()["waiters"] != 1:
-                time.sleep(0.01)
+            for _ in range(500):                # ten seconds at the most, until it is parked
+                if client.stats()["waiters"]:
+                    break
+                time.sleep(0.02)
             began = time.monotonic()
             self.end(process, how)
             self.assertLess(time.monotonic() - began, 2)
@@ -5020,17 +5026,19 @@ class PosixTakenAway(Case):
             self.assertTrue(nexus.process_lives(1))
 
     def test_limits_clocks_and_modes_that_are_missing_are_done_without(self):
-        asked = []
+        settings = nexus.Settings({"max_connections": 500})
 
-        def setrlimit(which, limits):
-            asked.append(limits)
-            raise ValueError("not allowed to raise maximum limit")
+        def system(setrlimit):
+            return self.module("resource", RLIMIT_NOFILE=7, RLIM_INFINITY=-1, setrlimit=setrlimit,
+                               getrlimit=staticmethod(lambda which: (10, 100)))
         with self.module("resource"):
-            nexus.raise_file_limit()
-        with self.module("resource", RLIMIT_NOFILE=7, setrlimit=staticmethod(setrlimit),
-                         getrlimit=staticmethod(lambda which: (10, 20))):
-            nexus.raise_file_limit()
-        self.assertEqual(asked, [(20, 20)])
+            nexus.raise_file_limit(settings)
+        with system(refusing(ValueError("not allowed to raise maximum limit"))):
+            nexus.raise_file_limit(settings)
+        self.assertEqual(settings.max_connections, 500)
+        with system(lambda which, limits: self.assertEqual(limits, (100, 100))):
+            nexus.raise_file_limit(settings)
+        self.assertEqual(settings.max_connections, 60)  # no more than there are files, less a few
         plain = type("time", (), {"time": staticmethod(time.time),
                                   "monotonic": staticmethod(time.monotonic)})
         with swapped(nexus, "time", plain):
@@ -5725,7 +5733,7 @@ class Worker:
     def __init__(self, function, *arguments):
         self.pipe, theirs = multiprocessing.Pipe()
         self.process = multiprocessing.Process(
-            target=work, args=(theirs, function, arguments), daemon=True)
+            target=bench_work, args=(theirs, function, arguments), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -6062,7 +6070,7 @@ def stage_parked(run):
         return
     free, server = (run.keep(BenchServer(run.folder, name)) for name in ("free", "parked"))
     polls, begin = poll_requests(server, wanted), time.perf_counter()
-    holders = [run.keep(Worker(hold, server.port, polls[half::2])) for half in (0, 1)]
+    holders = [run.keep(Worker(hold_polls, server.port, polls[half::2])) for half in (0, 1)]
     for holder in holders:
         holder.result()
     time.sleep(1)
