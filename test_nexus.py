@@ -5290,7 +5290,8 @@ class Fuzzer:
         entry = self.random.choice([entry for entry in nexus.OPERATIONS if entry.path])
         path = re.sub(r"{\w+}", lambda _: self.random.choice(
             ("1", "c", "%00", "%2f", "a%20b", "%ff", "-1", "9" * 30, "0" * 48)), entry.path)
-        query = "&".join("%s=%s" % (field.name, self.random.choice(("", "1", "-1", "%zz", "9" * 25)))
+        query = "&".join(
+            "%s=%s" % (field.name, self.random.choice(("", "1", "-1", "%zz", "9" * 25)))
                          for field in entry.fields if field.source == "query"
                          and field.name != "wait" and self.random.random() < 0.5)
         body = self.json(entry) if entry.method in ("POST", "PUT") else b""
