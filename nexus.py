@@ -5909,12 +5909,31 @@ def tx_reply(messages, args):
 
 # Servers, demos and help.
 
+def start_again_as_module():
+    """Go on in a fresh interpreter (same process, POSIX) that imports this file.
+
+    Python keeps the syntax tree of a script for as long as the script runs, that of a module only
+    until it is compiled. For this file it is 12 MiB: nothing for a command, much for a server.
+    """
+    if __name__ != "__main__" or os.name != "posix" or not sys.executable:
+        return
+    code = ("import sys, importlib.machinery as m, importlib.util as u;"
+            " sys.dont_write_bytecode = True; loader = m.SourceFileLoader('nexus', %r);"
+            " nexus = u.module_from_spec(u.spec_from_loader('nexus', loader));"
+            " loader.exec_module(nexus); sys.exit(nexus.main())") % os.path.abspath(__file__)
+    try:
+        os.execv(sys.executable, [sys.executable, "-c", code] + sys.argv[1:])
+    except OSError:
+        pass                            # then with the 12 MiB
+
+
 def verb_serve(args):
     """Run a server"""
     try:
         settings = Settings({row.name: getattr(args, row.name) for row in SETTINGS}, os.environ)
     except ValueError as trouble:
         raise Usage(str(trouble)) from None
+    start_again_as_module()
     serve(settings)
 
 
