@@ -113,8 +113,8 @@ READERS = 8                     # idle reading connections kept: about 100 KiB e
 MAX_BATCH = 64                  # writes in one commit: bounds how long the first of them waits
 RATE_SECONDS = 60               # the window of --rate-limit
 SWEEP_SECONDS = 1.0             # pause between two expiry runs
-SWEEP_ROWS = 500                # rows deleted in one commit: a sender waits for one such step
-WAL_BYTES = 16 * 1024 * 1024    # the write-ahead log is emptied once it is longer than this
+SWEEP_ROWS = 200                # rows deleted in one commit: a sender waits for one such step
+WAL_BYTES = 4 * 1024 * 1024     # the write-ahead log is emptied once it is longer than this
 SCRUB_SECONDS = 5.0             # deleted content leaves the WAL within this (promise: 10 s)
 HEAD_SECONDS = 10               # a request's head must be complete this long after its first byte
 BODY_SECONDS = 30               # and its body this long after the head
@@ -1138,6 +1138,8 @@ class Database:
             try:
                 self._migrate()
                 self._tune(self._writer)
+                if not self.memory:
+                    os.chmod(self.path, 0o600)      # not before we know that it is ours
             except BaseException:
                 self._writer.close()
                 raise
@@ -1154,7 +1156,6 @@ class Database:
             return None
         try:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-            os.chmod(self.path, 0o600)
             self._identity = os.stat(self.path)
             if self._identity.st_nlink > 1:
                 self._refuse("has a second name (a hard link), under which another server could"
@@ -1591,7 +1592,8 @@ class Sessions:
         return self._session(rows, self.clock.now())
 
     def _look_up_in(self, db, session_id, agent_id, now):
-        return self._session(db.execute(SELECT_MEMBER, (agent_id, session_id)).fetchall(), now)
+        row = db.execute(SELECT_MEMBER, (agent_id, session_id)).fetchone()
+        return self._session(row and (row,), now)
 
     def _agents(self, num):
         rows = self.db.read("SELECT agent_id FROM agents WHERE session = ?"
@@ -1746,8 +1748,9 @@ class Sessions:
         db.execute("INSERT INTO session_messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                    ((session.num << 32) + cursor, message_id, agent_id, text, payload, verified,
                     now, ends, redacted, size, retry_key, body_hash))
-        db.execute("UPDATE sessions SET last_cursor = ?, expires_at = ?, messages = messages + 1,"
-                   " size = size + ? WHERE num = ?", (cursor, ends, size, session.num))
+        # Its end is noted in memory (_touch): to move it in its index costs as much as the insert.
+        db.execute("UPDATE sessions SET last_cursor = ?, messages = messages + 1, size = size + ?"
+                   " WHERE num = ?", (cursor, size, session.num))
         return self._sent(message_id, cursor, ends, redacted)
 
     @staticmethod
@@ -2479,7 +2482,7 @@ class Field:
         self.source, self.kind, self.help, self.low, self.high = source, kind, help, low, high
         self.pattern, self.header, self.missing, self.tool = pattern, header, missing, tool
         self.tool_kind = tool_kind or kind
-        self.name = self.argument = self.required = None
+        self.name = self.argument = self.required = self._regex = None
 
     def bind(self, argument, required):
         """A copy of this field for one argument of one operation."""
@@ -2514,8 +2517,11 @@ class Field:
             raise ValueError("must not be empty")
         if highest is not None and len(value) > highest:
             raise ValueError("must have at most %d characters" % highest)
-        if self.pattern and not re.fullmatch(self.pattern, value):
-            raise ValueError("must match %s" % self.pattern)
+        if self.pattern:
+            if self._regex is None:     # compiled at first use: a command line needs none
+                self._regex = re.compile(self.pattern)
+            if not self._regex.fullmatch(value):
+                raise ValueError("must match %s" % self.pattern)
         if value == "system" and self.pattern == AGENT_ID_PATTERN:
             raise ValueError("the name system is reserved for the server")
         return value
