@@ -95,10 +95,14 @@ DEFAULT_MAX_AGENTS = 50         # agents in a session
 CODE_SECONDS = 600              # life of a pairing code: time to paste a link to a friend
 CODE_MEMORY_SECONDS = 86400     # how long a dead code is still told from one never given out
 CODE_MISSES_PER_ADDRESS = 20    # wrong codes a minute from one address, then 429
+MISS_SECONDS = 60               # the window of both budgets of wrong codes
 CODE_MISSES_IN_ALL = 1000       # wrong codes a minute from everybody: see CODE_BITS for the odds
 MAX_WAIT = 60                   # seconds a long poll may ask for: below every proxy's patience
 MAX_POLL = 1000                 # messages in one answer
 DEFAULT_INBOX = 50              # messages in one inbox answer when no limit is given
+DEFAULT_LEASE = 60              # seconds of a lease when none are given
+DEFAULT_ASK = 60                # seconds that ask waits when none are given
+MAX_ASK = 3600                  # seconds that the tool tx_ask may wait
 MAX_LEASE_SECONDS = 3600        # a worker that needs longer extends its lease
 MAX_LEASES_AT_ONCE = 100        # messages in one lease answer
 MAX_NAME = 256                  # characters in a channel, sender, task or correlation id
@@ -111,9 +115,11 @@ ANSWER_BYTES = 2 * 1024 * 1024  # a long answer ends after this many characters 
 BUSY_SECONDS = 5                # a write waits this long for a foreign lock on the database
 READERS = 8                     # idle reading connections kept: about 100 KiB each
 MAX_BATCH = 64                  # writes in one commit: bounds how long the first of them waits
+BUDGET_KEYS = 10000             # addresses in a budget before closed windows are dropped
+USAGE_CHANNELS = 20000          # channels whose counts are kept in memory
 RATE_SECONDS = 60               # the window of --rate-limit
 SWEEP_SECONDS = 1.0             # pause between two expiry runs
-SWEEP_ROWS = 200                # rows deleted in one commit: a sender waits for one such step
+SWEEP_ROWS = 200                # rows deleted or acked in one commit: a sender waits for that
 WAL_BYTES = 4 * 1024 * 1024     # the write-ahead log is emptied once it is longer than this
 SCRUB_SECONDS = 5.0             # deleted content leaves the WAL within this (promise: 10 s)
 HEAD_SECONDS = 10               # a request's head must be complete this long after its first byte
@@ -121,6 +127,8 @@ BODY_SECONDS = 30               # and its body this long after the head
 IDLE_SECONDS = 60               # a keep-alive connection may be silent this long
 TICK_SECONDS = 5                # how often a blocked read or write looks at those clocks
 SLOWEST_CLIENT = 32 * 1024      # bytes a second that a client must take of a long answer
+STACK_BYTES = 512 * 1024        # of address space a thread; ours are shallow
+LINGER_SECONDS = 2              # how long, and
 LINGER_BYTES = 1 << 20          # unread bytes we swallow after a refusal, so that it is read
 DIGITS = 400                    # digits in a number of a JSON body: more is an attack on int()
 CLIENT_ATTEMPTS = 4             # tries of our own client
@@ -271,7 +279,7 @@ ERRORS = {
                                  " Free some space or mend the disk, then try again."),
 }
 
-# The names that TxClient hands to its callers as codes. Codes without a row are upper-cased.
+# TxClient's names for errors. Codes without a row: BadRequest (400), NotFound (404), upper case.
 TAGS = {"invalid_body": "HttpApiDecodeError", "invalid_request": "HttpApiDecodeError",
         "internal_error": "InternalError"}
 
@@ -280,7 +288,7 @@ class NexusError(Exception):
     """A refusal: `code` for machines, `message` for whoever must act next, `status` for HTTP.
 
     `details` lists faults as {"field", "message"}; `headers` are extra HTTP headers (Retry-After,
-    Allow). An unknown code (from another server) needs its status and message given.
+    Allow); `extra` are more fields of the body. A code without a row needs status and message.
     """
 
     def __init__(self, code, message=None, details=None, status=None, headers=(), extra=None):
@@ -469,7 +477,7 @@ class Budget:
 
     def _prune(self, now):
         """Addresses are cheap to an attacker: drop closed windows, once a second at the most."""
-        if len(self._windows) >= 10000 and now - self._pruned >= 1:
+        if len(self._windows) >= BUDGET_KEYS and now - self._pruned >= 1:
             self._pruned = now
             self._windows = {key: window for key, window in self._windows.items()
                              if now - window[0] < self.seconds}
@@ -590,7 +598,7 @@ _CODE = r"""(?x)
   | (?i:sha|md|aes|rsa|base|hs|rs|es|oauth|argon)-?\d+(?:-?[a-z]{2,3})?$
 """
 _PROSE = r"(?i)\b(?:an?|the|is|are|be|must|may|should|not|your|please|to|of|for|at|required)\b"
-_WORDS = frozenset(
+_NOT_SECRETS = frozenset(
     "none null true false undefined string bytes text number integer boolean object value type"
     " password passwd passphrase secret token apikey auth authentication credentials scheme"
     " header required optional missing invalid expired wrong incorrect hidden masked redacted"
@@ -642,7 +650,7 @@ def _is_literal(kind, value):
     """Whether a string set to the name of a secret is that secret."""
     if len(value) < (4 if kind == "password" else 6) or value[0] in " \t+,;)":
         return False  # the quote ended a string of code: "?token=" + token + "&x=1"
-    if value.lower() in _WORDS or _is_placeholder(value):
+    if value.lower() in _NOT_SECRETS or _is_placeholder(value):
         return False
     if kind == "password":  # may be a phrase, but not a sentence about passwords
         return not (_compiled(_PROSE).search(value) and " " in value)
@@ -687,7 +695,7 @@ def _accept_value(match):
 
 
 def _accept_header(match):
-    return _accept_value(match) and match["secret"].lower() not in _WORDS
+    return _accept_value(match) and match["secret"].lower() not in _NOT_SECRETS
 
 
 def _accept_aws_secret(match):
@@ -860,8 +868,7 @@ def _replace_tokens(text, found):
     return text
 
 
-def _replace_long(text, is_session_key,
-                  found):
+def _replace_long(text, is_session_key, found):
     if is_session_key:
         ours = Rule("session-key", "", _SESSION_KEY, lambda match: is_session_key(match[0].lower()))
         text = _replace(ours, _compiled(_SESSION_KEY), text, found)
@@ -870,8 +877,7 @@ def _replace_long(text, is_session_key,
     return text
 
 
-def redact(text, is_session_key=None
-           ):
+def redact(text, is_session_key=None):
     """Replace each secret in `text` by [REDACTED:type]; also return the types, sorted.
 
     `is_session_key` is asked about each 64-digit hexadecimal word, in lower case, whether it is
@@ -899,8 +905,7 @@ def redact(text, is_session_key=None
     return text, sorted(found)
 
 
-def redact_json(value, is_session_key=None
-                ):
+def redact_json(value, is_session_key=None):
     """Do the same in a JSON value, keys included; without a hit, return the very same object.
 
     A string under a key that names a secret is one, as it would be in an assignment.
@@ -958,8 +963,9 @@ def _redact_string(text, key, check, found):
 # 201 means on disk. One connection writes, in WAL mode with synchronous=FULL; a write is answered
 # after the commit that holds it. Commits are shared: whoever finds nobody committing leads and
 # commits at once; what comes meanwhile queues and goes into the next commit together. No timer, no
-# extra thread: a lone writer is not slowed, sixteen pay for one fsync. Readers have connections of
-# their own and never wait for a commit.
+# extra thread: a lone writer is not slowed, sixteen pay for one fsync. A leader whose own write is
+# done hands over to whoever comes next, so nobody commits for others for long. Readers of a file
+# have connections of their own and never wait for a commit; those of :memory: share the writer's.
 # Lock order: _writer_lock before _queue_lock. Nobody waits for anything but the disk while holding
 # _writer_lock, and for nothing at all while holding _queue_lock.
 # ----------------------------------------------------------------------------------------
@@ -1288,7 +1294,7 @@ class Database:
             if at_work and len(batch) > 1:      # find out whose fault it was: each on its own
                 for write in batch:
                     self._commit([write])
-            else:                               # BEGIN or COMMIT failed: it is the disk, for all
+            else:                               # a job that was alone, or BEGIN or COMMIT for all
                 for write in batch:
                     write.error = self._blame(trouble)
 
@@ -1323,7 +1329,10 @@ class Database:
         except IndexError:
             if not os.path.exists(self.path):   # connecting would create an empty one
                 raise storage_error("the file is gone") from None
-            connection = self._tune(self._connect())
+            try:
+                connection = self._tune(self._connect())
+            except sqlite3.DatabaseError as trouble:    # no file descriptor is left, say
+                raise self._blame(trouble) from None
         try:
             return self._fetch(connection, query, parameters, weigh)
         except sqlite3.DatabaseError as trouble:
@@ -1539,8 +1548,8 @@ class Waiters:
 # Door 1. A session is known by an id that nobody can guess; in it, agents are known by names they
 # chose, and proven by a key of which only the hash is kept. Cursors count from 1 without gaps,
 # because they are given out inside the commit. A session slides: sending and polling restart its
-# clock. Polls must not cost a commit, so what they restart is noted in memory and written by the
-# next expiry run: after a crash a session may end SWEEP_SECONDS early.
+# clock. That costs no commit, nor a send an index entry: it is noted in memory and written by the
+# next expiry run, so after a crash a session may end SWEEP_SECONDS early.
 # ----------------------------------------------------------------------------------------
 
 Member = collections.namedtuple(
@@ -1563,8 +1572,8 @@ class Sessions:
         self.db, self.waiters, self.clock, self.settings = db, waiters, clock, settings
         self.active_at = {}     # session number -> last activity, not yet written (milliseconds)
         self.seen_at = {}       # (session number, agent id) -> the same for one agent
-        self.misses = Budget(CODE_MISSES_PER_ADDRESS, 60, clock)
-        self.all_misses = Budget(CODE_MISSES_IN_ALL, 60, clock)
+        self.misses = Budget(CODE_MISSES_PER_ADDRESS, MISS_SECONDS, clock)
+        self.all_misses = Budget(CODE_MISSES_IN_ALL, MISS_SECONDS, clock)
 
     # What the other methods are made of.
 
@@ -1898,7 +1907,8 @@ class Sessions:
 
     def _spend(self, caller):
         """Count a look-up as a wrong guess before it is made: guesses made at once count too."""
-        wait = max(self.misses.spend(caller.address), self.all_misses.spend("all"))
+        # In this order: who is over the own budget must not use up everybody's.
+        wait = self.misses.spend(caller.address) or self.all_misses.spend("all")
         if wait:
             raise slow_down("rate_limit_exceeded", wait,
                             "Too many wrong pairing codes. Wait as Retry-After says.")
@@ -2006,7 +2016,7 @@ class Sessions:
 # Door 2. A message stays in its channel until somebody acknowledges it, its time to live is over,
 # or gc collects it. Ids are given out inside the single writer's commit, so an id never becomes
 # visible after a larger one was read: a reader's cursor loses nothing. Leases let workers share a
-# channel, one message at a time each; a plain read or ack neither sees nor minds them.
+# channel, each message with one of them at a time; a plain read or ack ignores leases.
 # ----------------------------------------------------------------------------------------
 
 Message = collections.namedtuple(
@@ -2086,7 +2096,7 @@ class Channels:
             raise NexusError("lease_expired")
         return row
 
-    def _change(self, message_id, job):
+    def _change(self, job):
         """Run job(db, now) -> Message in a commit, wake the channel, return the wire message."""
         now = self.clock.now()
         row = self.db.write(lambda db: job(db, now))
@@ -2104,7 +2114,7 @@ class Channels:
         """The counts of a channel, if one more message of `size` characters fits."""
         usage = self._usage.get(channel)
         if usage is None:
-            if len(self._usage) >= 20000:       # reply channels come and go: start afresh
+            if len(self._usage) >= USAGE_CHANNELS:       # reply channels come and go: start afresh
                 self._usage.clear()
             usage = [0, 0]
             for state in ("IS NULL", "IS NOT NULL"):    # each has its index
@@ -2179,13 +2189,13 @@ class Channels:
 
         def read_page(given):
             if not include_acked:
-                page = query + "IS NULL ORDER BY id LIMIT ?)"
-                (count, size), = self.db.read("SELECT COUNT(*), SUM(size) FROM (SELECT size" + page,
-                                              given + (limit,))
+                chosen = query + "IS NULL ORDER BY id LIMIT ?)"
+                (count, size), = self.db.read("SELECT COUNT(*), SUM(size) FROM (SELECT size"
+                                              + chosen, given + (limit,))
                 if not count or size <= ANSWER_BYTES:
                     found = count and self.db.read(
                         "SELECT COUNT(*), group_concat('{\"id\":' || id || ',' || wire) FROM"
-                        " (SELECT id, wire" + page, given + (limit,))[0]
+                        " (SELECT id, wire" + chosen, given + (limit,))[0]
                     return found if found and found[0] else None
             states = ("IS NULL", "IS NOT NULL") if include_acked else ("IS NULL",)
             rows = self.db.read(" UNION ALL ".join("SELECT " + COLUMNS + query + state
@@ -2203,7 +2213,7 @@ class Channels:
             row = self._leased(db, message_id, token, now) if token \
                 else self._pending(db, message_id, now)
             return self._update(db, row, acked_at=now, lease_token=None)
-        return self._change(message_id, job)
+        return self._change(job)
 
     def ack_all(self, channel):
         """Acknowledge what is pending now, in steps that leave room for senders; the count."""
@@ -2285,13 +2295,13 @@ class Channels:
 
     def release(self, message_id, token, delay):
         """Give a leased message back, to be offered again after `delay` seconds."""
-        return self._change(message_id, lambda db, now: self._update(
+        return self._change(lambda db, now: self._update(
             db, self._leased(db, message_id, token, now), lease_token=None, leased_by=None,
             free_at=now + delay * 1000))
 
     def extend(self, message_id, token, seconds):
         """Let a lease end `seconds` from now."""
-        return self._change(message_id, lambda db, now: self._update(
+        return self._change(lambda db, now: self._update(
             db, self._leased(db, message_id, token, now), free_at=now + seconds * 1000))
 
     def dead(self, channel, after, limit):
@@ -2305,7 +2315,7 @@ class Channels:
 
     def revive(self, message_id):
         """Let a pending message be leased again as if it never had been; a lease goes on."""
-        return self._change(message_id, lambda db, now: self._update(
+        return self._change(lambda db, now: self._update(
             db, self._pending(db, message_id, now), attempts=0))
 
     def reply(self, message_id, content, sender, metadata, redacted, token, retry):
@@ -2425,6 +2435,7 @@ class Store:
                 if count < SWEEP_ROWS // 2:
                     break
                 self._clean_wal()
+                self.sessions.write_activity()  # a run may be long, a crash must cost a second
                 self._stop.wait(time.perf_counter() - start)    # half the time is the senders'
         self._clean_wal()
         if deleted or removed:
@@ -2437,8 +2448,12 @@ class Store:
         waited = self.clock.monotonic() - self._scrubbed_at
         if self.db.unscrubbed and waited >= SCRUB_SECONDS or self.db.wal_bytes() > WAL_BYTES:
             self.db.unscrubbed = False          # before: what is deleted meanwhile counts again
-            self.db.unscrubbed = not self.db.scrub() or self.db.unscrubbed
-            self._scrubbed_at = self.clock.monotonic()
+            clean = False
+            try:
+                clean = self.db.scrub()
+            finally:                            # a full disk raises: then it is still there
+                self.db.unscrubbed = not clean or self.db.unscrubbed
+                self._scrubbed_at = self.clock.monotonic()
 
     def close(self):
         """Send waiters home, stop cleaning, close the database."""
@@ -2637,7 +2652,7 @@ class Call:
 class Tokens:
     """The tokens that open what is guarded: --token, and the lines of --token-file.
 
-    Only hashes stay in memory. The file is read again when it changes, so that a token can be
+    Hashes are compared, not tokens. The file is read again when it changes, so that one can be
     added or withdrawn while the server runs.
     """
 
@@ -2939,6 +2954,7 @@ def join_session(call, session_id: SESSION_ID, agent_id: AGENT_ID,
     return call.app.store.sessions.join(session_id, agent_id, session_key)
 
 
+# As a tool, path and header are one argument, agentId: an agent can only remove itself.
 @operation("DELETE", "/v1/sessions/{session_id}/agents/{agent_id}", "Left", tool="nexus_leave")
 def leave_session(call, session_id: SESSION_ID, agent_id: Field("path"),
                   caller_id: Field("header", header="X-Agent-Id", missing="missing_agent_id",
@@ -3108,7 +3124,7 @@ def collect_garbage(call, acked_older_than_hours: Field("body", "number", low=0,
 @operation("POST", "/api/messages/inbox/{channel}/lease", "Leased", guarded=True, tool="tx_lease")
 def channel_lease(call, channel: CHANNEL, consumer: Field("body", low=1, high=MAX_NAME),
                   limit: Field("body", "integer", low=1, high=MAX_LEASES_AT_ONCE) = 1,
-                  lease_seconds: LEASE_SECONDS = 60,
+                  lease_seconds: LEASE_SECONDS = DEFAULT_LEASE,
                   wait: Field("body", "integer", low=0, high=MAX_WAIT) = 0):
     """Take messages to work on, held for leaseSeconds"""
     messages = call.app.store.channels.lease(channel, consumer, limit, lease_seconds, wait,
@@ -3145,7 +3161,8 @@ def message_revive(call, id: MESSAGE_ID):
 
 @operation("POST", "/api/messages/{id}/reply", "Message", 201, guarded=True, tool="tx_reply")
 def message_reply(call, id: MESSAGE_ID, content: CONTENT, sender: SENDER = "api",
-                  lease_token: LEASE_TOKEN = None, metadata: Field("body", "object") = None,
+                  lease_token: LEASE_TOKEN = None,
+                  metadata: Field("body", "object", tool_kind="string") = None,
                   idempotency_key: RETRY_KEY = None):
     """Answer a question and acknowledge it"""
     content, found = blackout(call, content)
@@ -3206,7 +3223,7 @@ class ServerMessages:
 
 @operation(None, None, "Message", guarded=True, tool="tx_ask")
 def channel_ask(call, channel: CHANNEL, content: CONTENT, sender: SENDER = "mcp",
-                timeout_seconds: Field("body", "integer", low=0, high=3600) = 60):
+                timeout_seconds: Field("body", "integer", low=0, high=MAX_ASK) = DEFAULT_ASK):
     """Ask in a channel and wait for the reply"""
     return ask(ServerMessages(call), channel, content, sender, timeout_seconds,
                lambda question: "nexus.py tx ask %s --resume %d" % (shlex.quote(channel),
@@ -3223,6 +3240,9 @@ def channel_ask(call, channel: CHANNEL, content: CONTENT, sender: SENDER = "mcp"
 
 # The shapes of answers: name, ? if it may be absent, then its type if that is not string; * for a
 # list, | for a choice. A type with a capital letter is another shape.
+_MESSAGE = ("id:integer channel sender content status correlationId:string|null taskId:string|null"
+            " metadata:object createdAt ackedAt:string|null expiresAt:string|null"
+            " redacted?:string*")
 SHAPES = {
     "NewSession": "sessionId ttl:integer maxAgents:integer state createdAt expiresAt greeting?"
                   " creatorAgentId? sessionKey?",
@@ -3243,13 +3263,8 @@ SHAPES = {
              " requests:integer oldestMessageAt:string|null pendingMessages:integer"
              " oldestPendingAt:string|null leasedMessages:integer deadMessages:integer"
              " waiters:integer commits:integer meanBatch:number lastExpiry:object",
-    "Message": "id:integer channel sender content status correlationId:string|null"
-               " taskId:string|null metadata:object createdAt ackedAt:string|null"
-               " expiresAt:string|null redacted?:string*",
-    "LeasedMessage": "id:integer channel sender content status correlationId:string|null"
-                     " taskId:string|null metadata:object createdAt ackedAt:string|null"
-                     " expiresAt:string|null redacted?:string* attempts?:integer leaseToken?"
-                     " leasedBy? leaseExpiresAt?",
+    "Message": _MESSAGE,
+    "LeasedMessage": _MESSAGE + " attempts?:integer leaseToken? leasedBy? leaseExpiresAt?",
     "Inbox": "messages:Message* channel count:integer",
     "Leased": "messages:LeasedMessage* channel count:integer",
     "OneMessage": "message:LeasedMessage",
@@ -3584,8 +3599,9 @@ def short_code_page(call, code: CODE):
 #
 # Bytes in, bytes out. The listening is http.server's; reading a request is ours, because the hot
 # path wants one read and one write, and because it is stricter: what two parsers could read in
-# two ways is refused. A thread serves a connection; deadlines end what dribbles; one more thread
-# watches the sockets of those who wait, so that a client that hangs up frees its place.
+# two ways is refused. A thread serves a connection, but the answer to a send is written by the
+# thread that commits it; what its client does not take at once, an extra thread writes. Deadlines
+# end what dribbles; a watchman sees who hangs up while waiting, and that frees the place.
 # ----------------------------------------------------------------------------------------
 
 Request = collections.namedtuple("Request", "method path query headers keep_alive length")
@@ -3991,7 +4007,7 @@ class Connection(Caller):
 
     def _linger(self):
         """Read on for a moment after a refusal: a reset would take it from the client."""
-        deadline, left = time.monotonic() + 2, LINGER_BYTES
+        deadline, left = time.monotonic() + LINGER_SECONDS, LINGER_BYTES
         socket.socket.shutdown(self.sock, socket.SHUT_WR)
         while left > 0:
             left -= len(self._receive(deadline))
@@ -4052,7 +4068,12 @@ class Watchman:
     def _run(self):
         while True:
             # A second at most: select(), which Windows has, does not see sockets added meanwhile.
-            for key, _ in self._selector.select(1.0):
+            try:
+                ready = self._selector.select(1.0)
+            except (OSError, ValueError):       # Windows: more than 512 sockets
+                ready = []
+                time.sleep(1.0)
+            for key, _ in ready:
                 if key.fileobj is self._near:
                     return
                 self.unwatch(key.fileobj, key.data)
@@ -4074,7 +4095,7 @@ class Watchman:
     def close(self):
         """End the thread."""
         self._far.close()
-        self._thread.join()
+        self._thread.join(2)
         self._selector.close()
         self._near.close()
 
@@ -4115,7 +4136,8 @@ class ServerLogic:
         try:
             thread.start()
         except RuntimeError:            # the system has no more threads to give
-            self.connections.discard(connection)
+            with self.connections_lock:
+                self.connections.discard(connection)
             self._refuse(request)
 
     def _run(self, connection):
@@ -4157,7 +4179,7 @@ class ServerLogic:
         return "%s://%s:%d" % ("https" if self.tls else "http", host, self.server_port)
 
     def stop(self, seconds=1.5):
-        """Finish the answers under way, send waiters home, close the store; takes `seconds`."""
+        """Finish the answers under way, send waiters home, close the store; in `seconds`."""
         self.stopping = True
         self.server_close()
         self.app.store.waiters.close()
@@ -4214,6 +4236,7 @@ def make_server(settings, clock=None):
         server.server_close()
         store.close()
         raise NexusError("refused_to_start", "Cannot read the token file: %s." % trouble) from None
+    # The lock guards the set, is held for set operations only, never while serving anybody.
     server.connections, server.connections_lock = set(), threading.Lock()
     server.numbers, server.name = itertools.count(1), os.urandom(4).hex()
     server.watchman = Watchman()
@@ -4225,12 +4248,18 @@ def raise_file_limit(settings):
     """Allow as many open sockets as the system lets us, and no more connections than that."""
     try:
         import resource
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ImportError, ValueError, OSError):
-        return                          # Windows has no such limit; others keep theirs
-    if hard != resource.RLIM_INFINITY:  # 40: the database, its readers, the log
-        settings.max_connections = max(1, min(settings.max_connections, hard - 40))
+    except ImportError:
+        return                          # Windows has no such limit
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (hard, 10240):        # macOS says "unlimited" and takes 10,240
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+            break
+        except (ValueError, OSError):
+            pass                        # not allowed: what there is has to do
+    if soft != resource.RLIM_INFINITY:  # 40: the database, its readers, the log
+        settings.max_connections = max(1, min(settings.max_connections, soft - 40))
 
 
 def ask_linux():
@@ -4242,7 +4271,7 @@ def ask_linux():
     try:
         import ctypes
         libc = ctypes.CDLL(None)
-        libc.prctl(78, 1, 16384, 0, 0)
+        libc.prctl(78, 1, 16384, 0, 0)  # PR_FUTEX_HASH, PR_FUTEX_HASH_SET_SLOTS, slots
         libc.malloc_trim(0)
     except (ImportError, OSError, AttributeError, TypeError):
         pass                            # another system, another C library
@@ -4254,6 +4283,8 @@ def stay_on_one_core():
     One thread at a time runs Python anyway. Handed from core to core between them the interpreter
     does a third fewer requests a second. Expiry has a thread from before, which stays free.
     """
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return                          # a free-threaded Python uses them all
     try:
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[os.getpid() % len(
             os.sched_getaffinity(0))]})
@@ -4264,7 +4295,7 @@ def stay_on_one_core():
 def serve(settings):
     """Run a server until SIGTERM or Ctrl-C; then finish what is under way and return."""
     raise_file_limit(settings)
-    threading.stack_size(512 * 1024)    # of address space a thread; ours are shallow
+    threading.stack_size(STACK_BYTES)
     server = make_server(settings)
     stay_on_one_core()
     ask_linux()
@@ -4277,7 +4308,7 @@ def serve(settings):
         if not settings.quiet:
             sys.stderr.write("nexus %s serves %s (database: %s)\nStop it with Ctrl-C.\n"
                              % (VERSION, server.url, settings.db))
-            if "token" in settings.explicit and "--token" in sys.argv:
+            if any(word.partition("=")[0] == "--token" for word in sys.argv):
                 sys.stderr.write("Everybody on this machine can read --token in `ps`:"
                                  " NEXUS_TOKEN or --token-file keep it secret.\n")
         print(json.dumps({"url": server.url, "pid": os.getpid()}), flush=True)
@@ -4320,8 +4351,8 @@ class Address:
         self.host = match.group(2).strip("[]").lower()
         self.port = int(match.group(3) or (443 if self.secure else 80))
         self.path = (match.group(4) or "").rstrip("/")
-        self.url = url.rstrip("/")
-        self.authority = re.sub(r"^\w+://", "", self.url)[:len(match.group(2)) + 6].split("/")[0]
+        self.url = url.strip().rstrip("/")
+        self.authority = match.group(2) + (":" + match.group(3) if match.group(3) else "")
         self.loopback = is_loopback(self.host)
 
 
@@ -4368,10 +4399,19 @@ class Answer:
 
 
 def _tls_socket(sock, address, ca, pin):
-    context = ssl.create_default_context(cafile=ca)
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except OSError as trouble:
+        raise NexusError("wrong_certificate", "Cannot use the certificates in %s: %s."
+                         % (ca, trouble), status=495) from None
     if pin:                     # the fingerprint says more than any authority could
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    secure = context.wrap_socket(sock, server_hostname=address.host)
+    try:
+        secure = context.wrap_socket(sock, server_hostname=address.host)
+    except ssl.SSLCertVerificationError as trouble:
+        raise NexusError("wrong_certificate", "%s shows a certificate that cannot be trusted (%s)."
+                         " Give its file (--ca) or its fingerprint (--pin)." % (
+                             address.host, trouble.verify_message), status=495) from None
     found = hashlib.sha256(secure.getpeercert(True)).hexdigest()
     if pin and found != pin.replace(":", "").lower():
         secure.close()
@@ -4466,7 +4506,7 @@ class Messages:
         return self._client.request("POST", "/api/messages/gc", body=_given(
             acked_older_than_hours=acked_older_than_hours))
 
-    def lease(self, channel, consumer, limit=1, lease_seconds=60, wait=0):
+    def lease(self, channel, consumer, limit=1, lease_seconds=DEFAULT_LEASE, wait=0):
         """The list of messages that are now yours to work on, each with its leaseToken."""
         return self._in("POST", channel, "/lease", body=_given(
             consumer=consumer, limit=limit, lease_seconds=lease_seconds, wait=wait),
@@ -4490,7 +4530,7 @@ class Messages:
         """Offer a dead message again; returns it."""
         return self._on(id, "revive", harmless=True)["message"]
 
-    def ask(self, channel, content, timeout=60, sender=None):
+    def ask(self, channel, content, timeout=DEFAULT_ASK, sender=None):
         """Ask and wait `timeout` seconds for the reply; returns it. Raises no_reply."""
         return ask(self, channel, content, sender, timeout, self.resume_command)
 
@@ -4592,7 +4632,7 @@ class Client:
                               " proxy did." % answer.status, status=answer.status)
         extra = {name: value for name, value in body.items()
                  if name not in ("error", "message", "details", "_tag")}
-        return NexusError(str(code), message or str(code), body.get("details"), answer.status,
+        return NexusError(str(code), str(message or code), body.get("details"), answer.status,
                           extra=extra)
 
     def perform(self, entry, values):
@@ -4611,7 +4651,7 @@ class Client:
             else:
                 body[field.name] = value
         if "{" in path:
-            raise invalid(path[path.index("{") + 1:path.index("}")], "is required")
+            raise invalid(camel(path[path.index("{") + 1:path.index("}")]), "is required")
         if any(field.header == "Idempotency-Key" for field in entry.fields):
             headers.setdefault("Idempotency-Key", os.urandom(16).hex())
         wait = values.get("wait", 0)
@@ -5075,7 +5115,7 @@ class LocalTools:
         arguments = validate(entry, {field: values[field.tool] for field in entry.fields
                                      if field.tool in values}, Settings())
         return client.messages.ask(arguments["channel"], arguments["content"],
-                                   arguments.get("timeout_seconds", 60),
+                                   arguments.get("timeout_seconds", DEFAULT_ASK),
                                    arguments.get("sender", "mcp"))
 
     def _sessions(self, *_):
@@ -5244,7 +5284,10 @@ class StdioMcp:
             owed = answer is not None and (mark == "null" or mark in self._running)
             self._running.discard(mark)
             if owed:
-                self._put(answer)
+                try:
+                    self._put(answer)
+                except (OSError, ValueError):   # the client is gone: the cursor stays
+                    owed = False
             self._tools.settle(owed)
 
     def _write(self, answer):
@@ -5259,9 +5302,10 @@ class StdioMcp:
 # ----------------------------------------------------------------------------------------
 # 16. Command line
 #
-# One function for each verb. stdout carries one JSON document and nothing else, stderr whatever
-# helps a person; `tx` speaks as its seed does. Here alone an error becomes an exit code: 1 when
-# the server or the operation said no, 2 when the command line made no sense.
+# One function for each verb. stdout carries JSON, one document (while polling goes on, a line for
+# each batch), but for tx, which speaks as its seed does, skill, demo and selftest; stderr is for
+# people. Here alone an error becomes an exit code: 1 when the server or the operation said no,
+# 2 when the command line made no sense.
 # ----------------------------------------------------------------------------------------
 
 class Usage(Exception):
@@ -5489,6 +5533,7 @@ def poll_once(args, session_id, wait=None, client=None, emit=say, move=True):
     after = args.after if given else state.get(session_id, "cursor") or None
     answer = client.poll(session_id, agent_id, None if given and after == "0" else after,
                          args.members, None, wait)
+    # Both must be there before anything is printed: _Fields raises for what is no nexus answer.
     cursor, _ = str(answer["nextCursor"]), answer["messages"]
     emit(answer)
     if move and not given and state.knows(session_id):
@@ -5536,7 +5581,7 @@ def verb_unalias(args):
     say({"ok": True, "removed": args.name})
 
 
-def at_once(function, items):
+def side_by_side(function, items):
     """[function(item) for item in items], each in a thread of its own."""
     results, faults = [None] * len(items), []
 
@@ -5571,7 +5616,7 @@ def list_sessions(args):
     """What `ls` shows: every session known here, probed side by side."""
     state, rows = State(), []
     names = state.sessions()
-    for session_id, (status, _) in zip(names, at_once(lambda name: probe(args, name), names)):
+    for session_id, (status, _) in zip(names, side_by_side(lambda name: probe(args, name), names)):
         word = {200: "active", 404: "not_found", 0: "unreachable"}.get(status, "error")
         if not args.active or word in ("active", "unreachable"):
             rows.append({"sessionId": session_id, "alias": state.alias_of(session_id),
@@ -5606,7 +5651,7 @@ def verb_poll_all(args):
         except NexusError as refusal:
             entry["error"] = refusal.code
         return entry
-    say({"sessions": at_once(poll, [row for row in list_sessions(args)
+    say({"sessions": side_by_side(poll, [row for row in list_sessions(args)
                                     if row["status"] in ("active", "unreachable")])})
     for session_id, cursor in cursors.items():      # only now: a reader who hung up loses nothing
         State().put(session_id, "cursor", cursor)
@@ -5740,8 +5785,8 @@ def verb_doctor(args):
     url, source = state.server(args.url)
     names = state.sessions()
     servers = sorted({url} | {state.server(None, name)[0] for name in names})
-    health = at_once(lambda server: check_server(args, server), servers)
-    sessions = at_once(lambda name: check_session(args, name), names)
+    health = side_by_side(lambda server: check_server(args, server), servers)
+    sessions = side_by_side(lambda name: check_session(args, name), names)
     well = all(row["reachable"] for row in health) and all(
         row["memberOfSession"] and row["keyFile"] != "insecure" for row in sessions)
     say({"effectiveServer": url, "source": source, "ok": well, "health": health,
@@ -5847,7 +5892,7 @@ def tx_lease(messages, args):
     """Take messages to work on"""
     if not args.consumer:
         raise Usage("say who works: --consumer NAME")
-    rows = messages.lease(args.channel, args.consumer, args.limit or 1, args.lease or 60,
+    rows = messages.lease(args.channel, args.consumer, args.limit or 1, args.lease or DEFAULT_LEASE,
                           args.wait or 0)
     lines = ["[%d] attempt %d until %s, token %s: %s" % (
         row["id"], row["attempts"], row["leaseExpiresAt"], row["leaseToken"], row["content"])
@@ -5865,7 +5910,7 @@ def tx_release(messages, args):
 @tx_verb
 def tx_extend(messages, args):
     """Keep a leased message longer"""
-    row = messages.extend(args.id, args.lease_token or "", args.lease or 60)
+    row = messages.extend(args.id, args.lease_token or "", args.lease or DEFAULT_LEASE)
     show(args, row, "Message %d leased until %s" % (row["id"], row["leaseExpiresAt"]))
 
 
@@ -5895,7 +5940,8 @@ def tx_ask(args):
         elif not args.content:
             raise Usage("give a question, or --resume ID")
         row = ask(messages, args.channel, words_of(args, "content"), args.sender or "cli",
-                  60 if args.timeout is None else args.timeout, messages.resume_command, question)
+                  DEFAULT_ASK if args.timeout is None else args.timeout,
+                  messages.resume_command, question)
     except NexusError as refusal:
         if not args.json and refusal.code != "no_reply":
             complain(refusal, "Error: ")
@@ -6231,7 +6277,7 @@ FLAGS = {       # kind: str, int and float take a value, bool is a switch
     "--creator-agent-id": Flag(str, "join as creator under this id"),
     "--after": Flag(str, "cursor to read from; 0 replays everything; the saved one stays"),
     "--members": Flag(bool, "list the members too"),
-    "--wait": Flag(int, "seconds to wait for a message, 0 to 60"),
+    "--wait": Flag(int, "seconds to wait for a message, 0 to %d" % MAX_WAIT),
     "--strict": Flag(bool, "fail if the server does not take json"),
     "--active": Flag(bool, "only sessions that may be alive"),
     "--interval": Flag(int, "seconds between polls at the most"),
@@ -6246,7 +6292,7 @@ FLAGS = {       # kind: str, int and float take a value, bool is a switch
     "--lease-token": Flag(str, "token of the lease"),
     "--acked-older-than": Flag(float, "hours"),
     "--consumer": Flag(str, "who works"),
-    "--lease": Flag(int, "seconds, 1 to 3600"),
+    "--lease": Flag(int, "seconds, 1 to %d" % MAX_LEASE_SECONDS),
     "--delay": Flag(int, "seconds until it is offered again"),
     "--timeout": Flag(int, "seconds to wait for the reply"),
     "--resume": Flag(int, "id of the question to go on waiting for"),
@@ -6377,10 +6423,6 @@ def find_verb(words):
     return name, [word for place, word in enumerate(words) if place not in found]
 
 
-def _no_value(flag):
-    raise Usage("%s needs a value" % flag)
-
-
 def arrange(name, words):
     """Put a verb's flags first and its words behind --, so that argparse cannot confuse them.
 
@@ -6399,7 +6441,9 @@ def arrange(name, words):
         elif flag in known and (flag == word or known[flag].kind is not bool):
             if flag == word and known[flag].kind is not bool:
                 value = next(words, None)
-                word = "%s=%s" % (flag, _no_value(flag) if value is None else value)
+                if value is None:
+                    raise Usage("%s needs a value" % flag)
+                word = "%s=%s" % (flag, value)
             flags.append(word)
         elif word.startswith("-") and word != "-" and not free_text:
             flags.append(word)
@@ -6415,7 +6459,7 @@ def overview():
     for name, verb in VERBS.items():
         lines.append("  %-34s %s" % ((name + " " + verb.arguments).strip(),
                                      verb.run.__doc__.splitlines()[0]))
-    return "\n".join(lines + ["", "stdout is JSON (but for tx, skill and demo); exit 0 done,"
+    return "\n".join(lines + ["", "stdout is JSON (but tx, skill, demo, selftest); exit 0 done,"
                               " 1 refused, 2 wrong usage."])
 
 
@@ -6443,12 +6487,10 @@ def run(words):
         return 0
     name, rest = find_verb(words)
     args = make_parser(name).parse_args(arrange(name, rest))
-    if name == "serve":
-        return verb_serve(args)
     return VERBS[name].run(args)
 
 
-def attempt(words):
+def run_and_explain(words):
     """run(words), with refusals printed and turned into exit codes."""
     try:
         "".join(words).encode("utf-8")
@@ -6476,7 +6518,7 @@ def main():
         except (AttributeError, ValueError):
             pass                        # somebody has put another object there
     try:
-        return attempt(sys.argv[1:])
+        return run_and_explain(sys.argv[1:])
     except OSError as trouble:          # the reader of our output has had enough, or its disk
         if not isinstance(trouble, BrokenPipeError):
             tip("nexus.py: %s" % trouble)
