@@ -2413,13 +2413,18 @@ class Store:
         self._thread.start()
 
     def _run(self):
+        told = None
         while not self._stop.wait(SWEEP_SECONDS):
+            fault = None
             try:
                 self.sweep()
             except NexusError as trouble:       # a full disk: senders are told, we try again
-                log("expiry run failed: %s" % trouble.message)
+                fault = trouble.message
             except Exception as trouble:        # the thread must outlive any fault of one run
-                log("expiry run failed: %r" % trouble)
+                fault = "%s, a fault of the server" % type(trouble).__name__
+            if fault and fault != told:         # once, and not each second
+                log("expiry run failed: %s" % fault)
+            told = fault
 
     def sweep(self):
         """One expiry run: write down activity, delete what is over, clean the WAL if need be."""

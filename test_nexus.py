@@ -5247,6 +5247,143 @@ class WhoMayDoWhat(ServerCase):
 
 
 # ----------------------------------------------------------------------------------------
+# Found by attack
+#
+# Each of these worked once, for somebody who meant no good. None may work again.
+# ----------------------------------------------------------------------------------------
+
+
+class FoundByAttack(Case):
+    """What a second person with the source at hand found, tried for ever."""
+
+    def test_who_is_over_the_own_code_budget_does_not_use_up_everybodys(self):
+        server = self.server()
+        sessions, good = server.store.sessions, nexus.Caller("10.0.0.2")
+        session, _ = server.session()
+        code, _ = sessions.pair(session)
+        for _ in range(nexus.CODE_MISSES_IN_ALL + 50):
+            with self.assertRaises(nexus.NexusError):
+                sessions.code_state("PEARL-FOCAL-00000", nexus.Caller("10.0.0.1"))
+        self.assertEqual(sessions.code_state(code, good), "pending")
+
+    def test_wrong_codes_tried_at_once_are_counted_before_they_are_answered(self):
+        server, found = self.server(), []
+        threads = [threading.Thread(target=lambda: found.append(server.call(
+            "GET", "/v1/pair/PEARL-FOCAL-00000/status").status)) for _ in range(60)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual((found.count(404), found.count(429)), (nexus.CODE_MISSES_PER_ADDRESS, 40))
+
+    def test_a_database_with_a_second_name_is_refused(self):
+        folder = self.folder()
+        path = os.path.join(folder, "x.db")
+        Server(db=path).stop()
+        try:
+            os.link(path, os.path.join(folder, "y.db"))
+        except OSError as trouble:
+            self.skipTest("no hard links here: %s" % trouble)
+        with self.assertRaisesRegex(nexus.NexusError, "second name"):
+            Server(db=os.path.join(folder, "y.db"))
+
+    @unittest.skipUnless(os.name == "posix", "Windows does not remove open files")
+    def test_a_database_that_was_removed_takes_no_messages(self):
+        path = os.path.join(self.folder(), "x.db")
+        server = self.server(db=path)
+        self.expect(server.call("POST", "/api/messages", {"channel": "c", "content": "x"}), 201)
+        os.unlink(path)
+        with self.assertRaisesRegex(nexus.NexusError, "removed or replaced"):
+            server.sweep()
+        self.expect(server.call("POST", "/api/messages", {"channel": "c", "content": "x"}), 503,
+                    "storage_unavailable")
+        self.assertFalse(os.path.exists(path))
+
+    def test_content_that_gc_removed_leaves_the_wal_too(self):
+        path = os.path.join(self.folder(), "x.db")
+        server, mark = self.server(db=path), "mark-" + os.urandom(8).hex()
+        client = server.client()
+        client.messages.ack(client.messages.send("c", mark)["id"])
+        self.assertEqual(client.messages.gc(acked_older_than_hours=0)["acked"], 1)
+        server.clock.advance(nexus.SCRUB_SECONDS + 1)
+        server.sweep()
+        for end in ("", "-wal"):
+            with open(path + end, "rb") as file:
+                self.assertNotIn(mark.encode(), file.read())
+
+    def test_a_scrub_that_failed_is_tried_again(self):
+        server = self.server(db=os.path.join(self.folder(), "x.db"))
+        database, scrub = server.store.db, server.store.db.scrub
+        database.unscrubbed = True
+
+        def failing():
+            raise nexus.storage_error("disk I/O error")
+        database.scrub = failing
+        server.clock.advance(nexus.SCRUB_SECONDS + 1)
+        with self.assertRaises(nexus.NexusError):
+            server.sweep()
+        database.scrub = scrub
+        self.assertTrue(database.unscrubbed)
+        server.clock.advance(nexus.SCRUB_SECONDS + 1)
+        server.sweep()
+        self.assertFalse(database.unscrubbed)
+
+    def test_an_image_on_another_page_spends_nobodys_codes(self):
+        server = self.server()
+        headers = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
+        self.expect(server.call("GET", "/p/PEARL-FOCAL-00000", headers=headers), 403,
+                    "origin_not_allowed")
+        headers["Sec-Fetch-Mode"] = "navigate"      # a link in a web mail may be followed
+        self.expect(server.call("GET", "/p/PEARL-FOCAL-00000", headers=headers), 404,
+                    "code_not_found")
+
+    def test_who_has_no_key_cannot_use_up_a_retry_key(self):
+        server = self.server()
+        session, keys = server.session()
+        headers = {"Idempotency-Key": "build-42"}
+        path = "/v1/sessions/%s/messages" % session
+        first = server.call("POST", path, {"text": "forged"}, "ada", headers=headers)
+        second = server.call("POST", path, {"text": "mine"}, "ada", keys["ada"], headers)
+        self.assertEqual((first.status, second.status), (201, 201))
+        self.assertEqual([m["verified"] for m in server.poll(session, "ada").json["messages"]],
+                         [False, True])
+
+    def test_a_lease_takes_no_more_than_an_answer_may_hold(self):
+        server = self.server()
+        messages, size = server.client().messages, nexus.ANSWER_BYTES // 4
+        for _ in range(8):
+            messages.send("jobs", "x" * size)
+        self.assertLess(len(messages.lease("jobs", "w", limit=8)), 6)
+
+    def test_an_abandoned_question_ends_with_its_asker(self):
+        server = self.server()
+        body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+            "name": "tx_ask", "arguments": {"channel": "c", "content": "?",
+                                            "timeoutSeconds": 60}}}).encode()
+        with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
+            sock.sendall(b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+                         b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            self.assertTrue(self.soon(lambda: server.store.waiters.parked == 1))
+        self.assertTrue(self.soon(lambda: not server.server.connections))
+
+    def test_answers_keep_their_order_and_reach_who_stopped_talking(self):
+        server = self.server()
+        post = (b"POST /api/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 32\r\n\r\n"
+                b'{"channel": "c", "content": "%d"}')
+        pipelined = b"".join(post % number + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+                             for number in range(1, 4))
+        answers = server.raw(pipelined, half_close=True)
+        self.assertEqual(re.findall(rb"HTTP/1.1 (\d+)", answers), [b"201", b"200"] * 3)
+        self.assertEqual(re.findall(rb'"content":"(\d)"', answers), [b"1", b"2", b"3"])
+
+    def soon(self, held, seconds=5):
+        ends = time.monotonic() + seconds
+        while not held() and time.monotonic() < ends:
+            time.sleep(0.01)
+        return held()
+
+
+# ----------------------------------------------------------------------------------------
 # Fuzzing
 #
 # Seeded and bounded: the same bytes every time, a second of them in each test run, as many minutes
