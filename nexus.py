@@ -465,8 +465,10 @@ class Budget:
                 self._prune(now)
                 self._windows[key] = [now, 1]
                 return 0
+            if window[1] >= self.limit:     # what is refused does not count
+                return window[0] + self.seconds - now
             window[1] += 1
-            return 0 if window[1] <= self.limit else window[0] + self.seconds - now
+            return 0
 
     def refund(self, key):
         """Take back one event: it turned out to be none of those that are counted."""
@@ -558,8 +560,11 @@ def one_line(text, limit=200):
 
 def log(line):
     """One line on stderr, with the time; what comes from outside cannot forge a second one."""
-    sys.stderr.write("%s %s\n" % (time.strftime("%Y-%m-%d %H:%M:%S"), one_line(line, 500)))
-    sys.stderr.flush()
+    try:
+        sys.stderr.write("%s %s\n" % (time.strftime("%Y-%m-%d %H:%M:%S"), one_line(line, 500)))
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        pass                            # a full disk or a closed pipe must not stop the server
 
 
 # ----------------------------------------------------------------------------------------
@@ -1574,6 +1579,8 @@ class Sessions:
         self.seen_at = {}       # (session number, agent id) -> the same for one agent
         self.misses = Budget(CODE_MISSES_PER_ADDRESS, MISS_SECONDS, clock)
         self.all_misses = Budget(CODE_MISSES_IN_ALL, MISS_SECONDS, clock)
+        # A look-up counts as wrong until it is found right: as many at once must fit the budget.
+        self._looking = threading.Semaphore(CODE_MISSES_PER_ADDRESS // 2)
 
     # What the other methods are made of.
 
@@ -1865,17 +1872,23 @@ class Sessions:
 
     def code_state(self, text, caller):
         """pending, claimed or expired; raises code_not_found for a code never given out."""
-        return self._code(text, caller)[0]
+        with self._looking:
+            return self._code(text, caller)[0]
 
     def code_facts(self, text, caller):
         """What the page behind a code tells: the session's ttl, and when the code ends."""
-        state, ttl, ends = self._code(text, caller)
+        with self._looking:
+            state, ttl, ends = self._code(text, caller)
         if state != "pending":
             raise NexusError("code_expired_or_used")
         return ttl, ends
 
     def claim(self, text, agent_id, caller):
         """Use a code up and join its session, both in one commit. A refusal burns nothing."""
+        with self._looking:
+            return self._claim(text, agent_id, caller)
+
+    def _claim(self, text, agent_id, caller):
         self._spend(caller)
         code_hash, now = digest(read_code(text) or ""), self.clock.now()
 
@@ -3746,8 +3759,8 @@ def respond(call, request_id, deliver, at_once):
         entry, result = perform(call)
         if isinstance(result, Pending):
             if not at_once:
-                result.start(lambda answer, error: deliver(
-                    *refuse(call, request_id, error) if error else render(entry, answer)))
+                result.to(functools.partial(render, entry)).start(lambda answer, error: deliver(
+                    *(answer or refuse(call, request_id, error)), leading=True))
                 return
             result = result.wait()
         answer = render(entry, result)
@@ -3781,7 +3794,6 @@ class Connection(Caller):
 
     def run(self):
         """Serve requests until the connection ends. Never raises for what the client does."""
-        self._thread = threading.get_ident()
         try:
             if self.server.tls:
                 self.sock.settimeout(HEAD_SECONDS)
@@ -3885,19 +3897,19 @@ class Connection(Caller):
                 at_once=bool(not keep or self._buffer or self.server.tls or not dont_wait()))
         return keep
 
-    def _deliver(self, note, status, kind, headers, payload):
-        """Write an answer; called by this connection's thread or by the one that commits."""
+    def _deliver(self, note, status, kind, headers, payload, leading=False):
+        """Write an answer; called by this connection's thread or (leading) by one that commits."""
         call, began, request_id, keep, head_only = note
         head = _status_line(status, kind) + _date_line(int(time.time())) \
             + b"X-Request-Id: %s\r\nContent-Length: %d\r\n" % (request_id.encode(), len(payload))
         for name, value in headers:
             head += ("%s: %s\r\n" % (name, value)).encode("latin-1")
         head += b"\r\n" if keep else b"Connection: close\r\n\r\n"
-        self._send_all(head if head_only else head + payload)
+        self._send_all(head if head_only else head + payload, leading)
         if call and self.settings.verbose:
             self._log(call, status, began, request_id)
 
-    def _send_all(self, data):
+    def _send_all(self, data, leading):
         """Write without waiting; what the client does not take at once, a thread of its own does.
 
         A thread that commits for others must not wait for a client that does not read.
@@ -3910,20 +3922,17 @@ class Connection(Caller):
             sent = len(data)
         if sent == len(data):
             self._finish()
-        elif self._is_own_thread():
+        elif not leading:
             self._send_rest(data[sent:])
         else:
             try:
                 threading.Thread(target=self._send_rest, args=(data[sent:],), daemon=True).start()
             except RuntimeError:        # no more threads: this client has to go
-                self.interrupt()
+                self._shut_down(socket.SHUT_RDWR)
                 self._finish()
 
-    def _is_own_thread(self):
-        return threading.get_ident() == self._thread
-
     def _finish(self):
-        self.busy = False
+        self.busy = bool(self._buffer)  # the next request may have begun meanwhile
         self._turn.release()
 
     def _send_rest(self, data):
@@ -3939,8 +3948,8 @@ class Connection(Caller):
         except OSError:
             pass                        # the client is gone, its thread will notice
         finally:
-            if view:
-                self.interrupt()
+            if view:                    # nothing may follow half an answer
+                self._shut_down(socket.SHUT_RDWR)
             self._finish()
 
     def _believe_proxy(self, call):
@@ -3965,7 +3974,8 @@ class Connection(Caller):
             return self._take(request.length, 0)
         deadline = time.monotonic() + BODY_SECONDS
         if expect and len(self._buffer) < (request.length or 1):
-            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            with self._turn:            # not before, nor within, the answer before this one
+                self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         if request.length is None:
             return self._read_chunks(limit, deadline)
         return self._take(request.length, deadline)
@@ -4036,8 +4046,11 @@ class Connection(Caller):
 
     def interrupt(self):
         """End a connection that waits for its next request; called from another thread."""
+        self._shut_down(socket.SHUT_RD)
+
+    def _shut_down(self, how):
         try:        # not SSLSocket's own shutdown(), after which it would send in the clear
-            socket.socket.shutdown(self.sock, socket.SHUT_RD)
+            socket.socket.shutdown(self.sock, how)
         except OSError:
             pass                        # it has ended by itself
 
@@ -4306,6 +4319,8 @@ def serve(settings):
     ask_linux()
 
     def stop(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # once is enough
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -4319,8 +4334,7 @@ def serve(settings):
         print(json.dumps({"url": server.url, "pid": os.getpid()}), flush=True)
         server.serve_forever()
     except KeyboardInterrupt:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        pass                            # that is how it is meant to end
     finally:
         server.stop()
 
@@ -5972,14 +5986,19 @@ def start_again_as_module():
     Python keeps the syntax tree of a script for as long as the script runs, that of a module only
     until it is compiled. For this file it is 12 MiB: nothing for a command, much for a server.
     """
-    if __name__ != "__main__" or os.name != "posix" or not sys.executable:
+    if __name__ != "__main__" or os.name != "posix" or not sys.executable \
+            or not os.path.isfile(__file__):
         return
-    code = ("import sys, importlib.machinery as m, importlib.util as u;"
-            " sys.dont_write_bytecode = True; loader = m.SourceFileLoader('nexus', %r);"
+    # The path as it is: with -c Python would look for modules in the current folder first.
+    code = ("import sys; sys.path[:] = %r; sys.dont_write_bytecode = True;"
+            " import importlib.machinery as m, importlib.util as u;"
+            " loader = m.SourceFileLoader('nexus', %r);"
             " nexus = u.module_from_spec(u.spec_from_loader('nexus', loader));"
-            " loader.exec_module(nexus); sys.exit(nexus.main())") % os.path.abspath(__file__)
+            " loader.exec_module(nexus); sys.exit(nexus.main())") % (
+                sys.path, os.path.abspath(__file__))
+    flags = ["-I"] if sys.flags.isolated else []
     try:
-        os.execv(sys.executable, [sys.executable, "-c", code] + sys.argv[1:])
+        os.execv(sys.executable, [sys.executable] + flags + ["-c", code] + sys.argv[1:])
     except OSError:
         pass                            # then with the 12 MiB
 

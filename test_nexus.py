@@ -5276,6 +5276,36 @@ class FoundByAttack(Case):
             thread.join()
         self.assertEqual((found.count(404), found.count(429)), (nexus.CODE_MISSES_PER_ADDRESS, 40))
 
+    def test_good_codes_at_once_use_up_no_budget(self):
+        server, found = self.server(), []
+        codes = [server.store.sessions.pair(server.session()[0])[0] for _ in range(50)]
+        threads = [threading.Thread(target=lambda code=code: found.append(server.call(
+            "POST", "/v1/pair/%s/claim" % code, agent="bob").status)) for code in codes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(found, [200] * 50)
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "there is no /dev/full here")
+    def test_a_log_that_cannot_be_written_stops_nothing(self):
+        with open("/dev/full", "w") as full:
+            errors, sys.stderr = sys.stderr, full
+            try:
+                nexus.log("nobody will read this")
+            finally:
+                sys.stderr = errors
+                with contextlib.suppress(OSError):
+                    full.close()
+
+    @unittest.skipUnless(os.name == "posix", "Windows does not start again")
+    def test_a_server_imports_nothing_from_the_folder_it_is_started_in(self):
+        folder = self.folder()
+        with open(os.path.join(folder, "secrets.py"), "w") as file:
+            file.write("raise SystemExit('imported')\n")
+        server = self.process("--db", ":memory:", folder=folder)
+        self.assertEqual(len(nexus.Client(server.url).create()["sessionId"]), 48)
+
     def test_a_database_with_a_second_name_is_refused(self):
         folder = self.folder()
         path = os.path.join(folder, "x.db")
