@@ -127,7 +127,7 @@ BODY_SECONDS = 30               # and its body this long after the head
 IDLE_SECONDS = 60               # a keep-alive connection may be silent this long
 TICK_SECONDS = 5                # how often a blocked read or write looks at those clocks
 SLOWEST_CLIENT = 32 * 1024      # bytes a second that a client must take of a long answer
-STACK_BYTES = 512 * 1024        # of address space a thread; ours are shallow
+STACK_BYTES = 1024 * 1024       # of address space a thread; ours are shallow
 LINGER_SECONDS = 2              # how long, and
 LINGER_BYTES = 1 << 20          # unread bytes we swallow after a refusal, so that it is read
 DIGITS = 400                    # digits in a number of a JSON body: more is an attack on int()
@@ -5417,9 +5417,12 @@ def verb_create(args):
     """Open a session"""
     client = connect(args)
     answer = client.create(args.ttl, args.max_agents, args.greeting, args.creator_agent_id)
-    if args.creator_agent_id:
-        remember(args, client, answer["sessionId"], args.creator_agent_id, answer)
     session_id = answer["sessionId"]
+    if args.creator_agent_id:
+        remember(args, client, session_id, args.creator_agent_id, answer)
+    elif args.alias:                    # nobody has joined yet; the name is good all the same
+        State().put(session_id, "server", client.address.url)
+        State().set_alias(args.alias, session_id)
     say(answer)
     tip("Next: nexus.py pair %s" % (args.alias or session_id))
 

@@ -4190,6 +4190,12 @@ class LocalState(CliCase):
             state.put("s", "cursor", "2")
         self.assertEqual((seen, state.get("s", "cursor")), ([("2\n", "1\n", self.kept("s"))], "2"))
 
+    def test_a_session_gets_its_name_at_its_birth_also_without_a_creator(self):
+        server, home = self.server(), self.folder()
+        made = run_nexus(home, "create", "--alias", "x", url=server.url).json
+        joined = run_nexus(home, "join", "x", "--agent-id", "bob").json
+        self.assertEqual(joined["sessionId"], made["sessionId"])
+
     def test_an_alias_stands_wherever_a_session_id_does_and_leave_removes_it(self):
         sid = self.s.session()[0]
         more = {"alias": ["again"], "send": ["hi"], "join": ["--agent-id", "bob"]}
