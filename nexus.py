@@ -509,6 +509,7 @@ def _no_constant(text):
 _decode = json.JSONDecoder(parse_int=_whole, parse_float=_fraction,
                            parse_constant=_no_constant).decode
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+json_string = json.encoder.encode_basestring    # one string: a third of the encoder's cost
 canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
@@ -2047,12 +2048,13 @@ def channel_place(channel):
 def new_message(channel, sender, content, correlation, task, metadata, ttl, redacted, now):
     """A message before it has an id. `ttl` in seconds or None, `redacted` a list of types."""
     ends = None if ttl is None else now + ttl * 1000
-    message = {"channel": channel, "sender": sender, "content": content, "status": "pending",
-               "correlationId": correlation, "taskId": task, "metadata": metadata,
-               "createdAt": iso(now), "ackedAt": None, "expiresAt": iso(ends)}
-    if redacted:
-        message["redacted"] = redacted
-    wire = to_json(message)[1:]
+    wire = ('"channel":%s,"sender":%s,"content":%s,"status":"pending","correlationId":%s,'
+            '"taskId":%s,"metadata":%s,"createdAt":"%s","ackedAt":null,"expiresAt":%s%s}') % (
+        json_string(channel), json_string(sender), json_string(content),
+        "null" if correlation is None else json_string(correlation),
+        "null" if task is None else json_string(task), to_json(metadata) if metadata else "{}",
+        iso(now), "null" if ends is None else '"%s"' % iso(ends),
+        ',"redacted":' + to_json(redacted) if redacted else "")
     return Message(None, channel, sender, correlation, wire, len(wire), None, ends, now,
                    0, None, None, 0)
 
