@@ -1589,18 +1589,19 @@ class Sessions:
         self.active_at[num] = now
         self.seen_at[num, agent_id] = now
 
-    def _ends_at(self, session):
+    def _ends_at(self, num, ttl, expires_at):
         """When a session ends, what is noted in memory included."""
-        active_at = self.active_at.get(session.num)
-        if active_at is None:
-            return session.expires_at
-        return max(session.expires_at, active_at + session.ttl * 1000)
+        active_at = self.active_at.get(num)
+        return expires_at if active_at is None else max(expires_at, active_at + ttl * 1000)
+
+    def _end_of(self, session):
+        return self._ends_at(session.num, session.ttl, session.expires_at)
 
     def _session(self, rows, now):
         """The one living session among the rows, or session_not_found."""
         if rows:
             session = Member._make(rows[0])
-            if self._ends_at(session) > now:
+            if self._end_of(session) > now:
                 return session
         raise NexusError("session_not_found")
 
@@ -1668,7 +1669,7 @@ class Sessions:
         return {"sessionId": session_id, "state": "active", "agents": self._agents(session.num),
                 "ttl": session.ttl, "maxAgents": session.max_agents,
                 "creatorAgentId": session.creator, "createdAt": iso(session.created_at),
-                "expiresAt": iso(self._ends_at(session))}
+                "expiresAt": iso(self._end_of(session))}
 
     def join(self, session_id, agent_id, key):
         """Add an agent. With the right key of an agent that is in already: the same answer."""
@@ -1683,7 +1684,7 @@ class Sessions:
         session, key = self.db.write(job)
         return {"status": "joined", "sessionId": session_id,
                 "agentsOnline": len(self._agents(session.num)), "sessionKey": key,
-                "expiresAt": iso(self._ends_at(session))}
+                "expiresAt": iso(self._end_of(session))}
 
     def leave(self, session_id, agent_id, caller_id, key):
         """Remove an agent that asks for it itself and has its key."""
@@ -1826,7 +1827,7 @@ class Sessions:
         if payload is not None:
             message["json"] = json.loads(payload)
         message.update(cursor=str(cursor), verified=bool(verified), createdAt=iso(created_at),
-                       expiresAt=iso(expires_at or self._ends_at(session)))
+                       expiresAt=iso(expires_at or self._end_of(session)))
         return message
 
     def _members(self, num):
@@ -1866,7 +1867,7 @@ class Sessions:
         claimed_at, ends, num, ttl, session_ends = rows[0]
         now = self.clock.now()
         if claimed_at is None and ends > now and num is not None \
-                and max(session_ends, self.active_at.get(num, 0) + ttl * 1000) > now:
+                and self._ends_at(num, ttl, session_ends) > now:
             self._refund(caller)
             return "pending", ttl, ends
         return "expired" if claimed_at is None else "claimed", ttl, ends
@@ -1936,8 +1937,7 @@ class Sessions:
         rows = self.db.read("SELECT s.num, s.ttl, s.expires_at FROM agents a JOIN sessions s"
                             " ON s.num = a.session WHERE a.key_hash = ?", (digest(text),))
         now = self.clock.now()
-        return any(max(ends, self.active_at.get(num, 0) + ttl * 1000) > now
-                   for num, ttl, ends in rows)
+        return any(self._ends_at(*row) > now for row in rows)
 
     def figures(self):
         """Counts for /v1/stats."""
@@ -2195,8 +2195,10 @@ class Channels:
 
         def look():
             given = (channel, floor[0]) + values + (self.clock.now(),)
-            (last,), = self.db.read("SELECT MAX(id) FROM messages WHERE channel = ?"
-                                    " AND acked_at IS NULL", (channel,)) if wait else ((None,),)
+            last = 0
+            if wait and values:
+                (last,), = self.db.read("SELECT MAX(id) FROM messages WHERE channel = ?"
+                                        " AND acked_at IS NULL", (channel,))
             found = read_page(given)
             if not found:
                 floor[0] = max(floor[0], last or 0)
@@ -4312,6 +4314,16 @@ def stay_on_one_core():
         pass                            # elsewhere, or not allowed: only slower
 
 
+def stop_on_signals():
+    """Let SIGTERM and Ctrl-C both raise KeyboardInterrupt, once: the clean-up is not disturbed."""
+    def stop(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+
 def serve(settings):
     """Run a server until SIGTERM or Ctrl-C; then finish what is under way and return."""
     raise_file_limit(settings)
@@ -4320,12 +4332,7 @@ def serve(settings):
     stay_on_one_core()
     ask_linux()
 
-    def stop(*_):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # once is enough
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    stop_on_signals()
     try:
         if not settings.quiet:
             sys.stderr.write("nexus %s serves %s (database: %s)\nStop it with Ctrl-C.\n"
@@ -5690,10 +5697,7 @@ def keep_polling(args, interval, seconds, wanted):
     session_id, state = session_of(args), State()
     agent_of(args, session_id)
 
-    def stop(*_):
-        raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    stop_on_signals()
     client, ends = connect(args, session_id), time.monotonic() + seconds
     state.mark_poller(session_id)
     try:
