@@ -52,28 +52,101 @@ README = os.path.join(FOLDER, "README.md")
 # Tools
 #
 # A server in this process (fast, with a clock that tests turn), a server in a process of its own
-# (to be killed), a command line with a home of its own, and raw sockets.
+# (to be killed), a command line with a home of its own, and raw sockets. What happens between two
+# threads is waited for (until) or brought about (between), never slept for.
 # ----------------------------------------------------------------------------------------
 
 
 class TestClock:
-    """A clock that stands still until a test turns it. Milliseconds and seconds as in nexus.Clock.
+    """now() stands still until a test turns it, so that the very end of a thing can be looked at.
 
-    monotonic() goes on by itself, because long polls sleep on it; advance() moves both.
+    monotonic() goes on by itself, because long polls sleep by it; advance() moves both.
     """
 
     def __init__(self):
-        self._ahead = 0.0
-        self._start = time.monotonic()
+        self._now, self._ahead = 1700000000000, 0.0
 
     def monotonic(self):
         return time.monotonic() + self._ahead
 
     def now(self):
-        return int(1.7e12 + (self.monotonic() - self._start) * 1000)
+        return self._now
 
     def advance(self, seconds):
-        self._ahead += seconds
+        self._now, self._ahead = self._now + round(seconds * 1000), self._ahead + seconds
+
+
+def until(condition, seconds=10):
+    """Wait until condition() is true; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError("it never happened")
+        time.sleep(0.002)
+
+
+class Started:
+    """A call in a thread of its own; result() is what it returned, or raises what it raised."""
+
+    def __init__(self, function, *args, **values):
+        self._call, self._outcome = (function, args, values), []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        function, args, values = self._call
+        try:
+            self._outcome[:] = function(*args, **values), None
+        except BaseException as trouble:
+            self._outcome[:] = None, trouble
+
+    def done(self):
+        """Has it returned?"""
+        return not self._thread.is_alive()
+
+    def result(self, timeout=10):
+        """What it returned, within `timeout` seconds."""
+        self._thread.join(timeout)
+        if not self._outcome:
+            raise AssertionError("still waiting after %s seconds" % timeout)
+        if self._outcome[1]:
+            raise self._outcome[1]
+        return self._outcome[0]
+
+
+@contextlib.contextmanager
+def patched(thing, name, value):
+    """An attribute has another value for a while."""
+    getattr(thing, name)                        # it must be there
+    before = vars(thing).get(name, patched)     # as it is: a static method, say; or inherited
+    setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        if before is patched:
+            delattr(thing, name)
+        else:
+            setattr(thing, name, before)
+
+
+@contextlib.contextmanager
+def between(thing, name, act, before=False):
+    """At the next call of thing.name, by whatever thread, act() runs right after it or `before`.
+
+    act() runs in that thread, between two of its steps, and may call thing.name itself.
+    """
+    original, turn = getattr(thing, name), iter([act])
+
+    def wrapped(*args, **values):
+        mine = next(turn, None)
+        if mine and before:
+            mine()
+        found = original(*args, **values)
+        if mine and not before:
+            mine()
+        return found
+    with patched(thing, name, wrapped):
+        yield
 
 
 Answer = collections.namedtuple("Answer", "status headers json text")
@@ -605,9 +678,9 @@ class LinearTest(unittest.TestCase):
     def cost(self, text):
         best = 99.0
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.thread_time()          # of this thread: others may be busy as they like
             nexus.redact(text, lambda key: False)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.thread_time() - start)
         return best
 
     def test_hostile_input(self):
@@ -616,8 +689,8 @@ class LinearTest(unittest.TestCase):
         for unit in self.UNITS + [everything, everything.replace(" ", "")]:
             with self.subTest(unit=unit[:20]):
                 short = (unit * 65536)[:65536]
-                # Quadratic work would be 16 times as long; the constant hides a tiny base's noise.
-                self.assertLess(self.cost(short * 4), 9 * self.cost(short) + 0.01)
+                # Quadratic work takes 16 times as long; 0.02 is more than a tick on Windows.
+                self.assertLess(self.cost(short * 4), 9 * self.cost(short) + 0.02)
 
 
 # ----------------------------------------------------------------------------------------
@@ -630,44 +703,6 @@ class LinearTest(unittest.TestCase):
 TOKEN = "ghp_" + "a1B2" * 9             # put together here, so that no scanner takes us for a leak
 UNKNOWN = "0" * 48                      # a session id that was never given out
 LOST = "AMBER-AMBER-00000"              # a pairing code that was never given out
-
-
-def until(condition, seconds=10):
-    """Wait until condition() is true; fail after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError("it never happened")
-        time.sleep(0.002)
-
-
-class Aside:
-    """A call made in a thread of its own; result() waits for what it returned or raised."""
-
-    def __init__(self, function, *args, **named):
-        def run():
-            try:
-                self._found = function(*args, **named)
-            except Exception as trouble:
-                self._found = trouble
-        self._found = None
-        self._thread = threading.Thread(target=run, daemon=True)
-        self._thread.start()
-
-    def result(self):
-        self._thread.join(20)
-        return self._found
-
-
-@contextlib.contextmanager
-def patched(thing, name, value):
-    """An attribute has another value for a while."""
-    before = getattr(thing, name)
-    setattr(thing, name, value)
-    try:
-        yield
-    finally:
-        setattr(thing, name, before)
 
 
 def names(text):
@@ -826,7 +861,7 @@ class SessionTest(Door1Case):
         self.assertEqual(set(found), names("sessionId state ttl expiresAt agents"))
         self.assertEqual((found["ttl"], found["agents"]), (100, ["ada", "bob"]))
         found = self.s.call("POST", renew, {"ttl": 500}, agent="bob").json
-        self.assertAlmostEqual(when(found["expiresAt"]), self.s.clock.now() + 500000, delta=9000)
+        self.assertEqual(when(found["expiresAt"]), self.s.clock.now() + 500000)
         self.s.clock.advance(400)
         self.assertEqual(self.s.call("GET", self.path).json["expiresAt"], found["expiresAt"])
         self.refuse(("POST", renew, {"ttl": 0}, "bob", None, 400, "invalid_request"),
@@ -867,7 +902,7 @@ class MessageTest(Door1Case):
         self.assertEqual(set(found), names("ok id cursor expiresAt"))
         self.assertEqual((found["ok"], found["cursor"]), (True, "1"))
         self.assertRegex(found["id"], r"\Amsg_\w+\Z")
-        self.assertAlmostEqual(when(found["expiresAt"]), self.s.clock.now() + 100000, delta=9000)
+        self.assertEqual(when(found["expiresAt"]), self.s.clock.now() + 100000)
 
     def test_text_is_always_there_and_json_only_when_sent(self):
         for body in ({"text": "a"}, {"json": {"n": [1, None]}}, {"text": "b", "json": 0},
@@ -917,7 +952,7 @@ class MessageTest(Door1Case):
         self.assertEqual(self.s.poll(self.sid, "ada").json, {"messages": [], "nextCursor": "0"})
 
     def test_concurrent_sends_get_every_cursor_once(self):
-        calls = [Aside(self.s.send, self.sid, "ada", str(n)) for n in range(20)]
+        calls = [Started(self.s.send, self.sid, "ada", str(n)) for n in range(20)]
         sent = {int(call.result().json["cursor"]): str(n) for n, call in enumerate(calls)}
         self.assertEqual(texts(self.s.poll(self.sid, "bob")), [sent[n] for n in range(1, 21)])
 
@@ -936,7 +971,7 @@ class MessageTest(Door1Case):
         for text in ("one", "two"):
             self.s.send(self.sid, "ada", text)
         self.assertEqual(texts(self.s.poll(self.sid, "bob", "?after=1&wait=60")), ["two"])
-        waiting = [Aside(self.s.poll, self.sid, agent, "?after=2&wait=60")
+        waiting = [Started(self.s.poll, self.sid, agent, "?after=2&wait=60")
                    for agent in ("ada", "bob") * 3]
         self.parked(6)
         self.s.send(self.s.session()[0], "ada", "in another session")
@@ -965,7 +1000,7 @@ class MessageTest(Door1Case):
     def test_stop_sends_waiters_home_with_an_empty_answer(self):
         server = self.server()
         sid, _ = server.session()
-        waiting = Aside(server.poll, sid, "ada", "?after=3&wait=60")
+        waiting = Started(server.poll, sid, "ada", "?after=3&wait=60")
         until(lambda: server.store.waiters.parked)
         server.stop()
         self.assertEqual(waiting.result().json, {"messages": [], "nextCursor": "3"})
@@ -979,7 +1014,7 @@ class MessageTest(Door1Case):
                                headers={"X-Forwarded-For": address})
         waiting = []
         for address, refused in (("203.0.113.1", "203.0.113.1"), ("203.0.113.2", "203.0.113.3")):
-            waiting.append(Aside(poll, address))
+            waiting.append(Started(poll, address))
             until(lambda: server.store.waiters.parked == len(waiting))
             answer = poll(refused)
             self.expect(answer, 503, "server_busy")
@@ -1011,7 +1046,7 @@ class LifetimeTest(Case):
             self.s.clock.advance(60)
             self.assertLess(act().status, 300)
             ends = when(self.s.call("GET", "/v1/sessions/" + sid).json["expiresAt"])
-            self.assertAlmostEqual(ends, self.s.clock.now() + 100000, delta=9000)
+            self.assertEqual(ends, self.s.clock.now() + 100000)
             self.s.sweep()
         self.s.clock.advance(60)
         self.expect(self.s.call("GET", "/v1/sessions/" + sid), 200)
@@ -1100,7 +1135,7 @@ class PairingTest(Door1Case):
         self.assertTrue({first, second} <= set(nexus.WORDS))
         self.assertRegex(symbols, r"\A[0-9A-HJKMNP-TV-Z]{5}\Z")
         self.assertEqual(found["url"], "%s/p/%s" % (self.s.url, found["code"]))
-        self.assertAlmostEqual(when(found["expiresAt"]), self.s.clock.now() + 600000, delta=9000)
+        self.assertEqual(when(found["expiresAt"]), self.s.clock.now() + 600000)
 
     def test_the_words_keep_their_rules_and_the_odds_their_arithmetic(self):
         self.assertEqual((len(nexus.WORDS), len({word[:4] for word in nexus.WORDS})), (256, 256))
@@ -1141,7 +1176,7 @@ class PairingTest(Door1Case):
         def claim(number):
             start.wait(10)
             return self.claim(code, "agent-%d" % number, "203.0.113.%d" % number)
-        calls = [Aside(claim, number) for number in range(50)]
+        calls = [Started(claim, number) for number in range(50)]
         start.set()
         self.assertEqual(collections.Counter(call.result().status for call in calls),
                          {200: 1, 404: 49})
@@ -1280,7 +1315,7 @@ class PageTest(Case):
         def reply():
             until(lambda: self.s.store.waiters.parked)
             return self.s.send(sid, "guest", "Yes")
-        replying = Aside(reply)
+        replying = Started(reply)
         sent, polled = self.run_block(talk)
         self.expect(replying.result(), 201)
         self.assertEqual((sent["cursor"], polled["messages"][0]["text"]), ("1", "Yes"))
@@ -1382,7 +1417,7 @@ class SendTest(Door1Case):
         same = json.dumps({"json": {"a": [2], "b": 1}}, indent=4).encode()
         self.assertEqual(self.send(same, "b").headers.get("idempotent-replay"), "true")
         self.assertEqual(len(texts(self.s.poll(self.sid, "bob"))), 3)
-        calls = [Aside(self.send, {"text": "x"}, "k") for _ in range(10)]
+        calls = [Started(self.send, {"text": "x"}, "k") for _ in range(10)]
         self.assertEqual({call.result().json["cursor"] for call in calls}, {"4"})
 
     def test_another_body_under_the_same_key_is_refused(self):
@@ -1805,7 +1840,7 @@ class HostileTest(ServerCase):
 
 
 # ----------------------------------------------------------------------------------------
-# Who may do what
+# Who is let in
 #
 # Names of this machine only, pages of this server only, tokens where the server has some, keys
 # where agents have some; strangers are counted.
@@ -1844,36 +1879,6 @@ class AccessTest(Case):
             self.assertEqual(self.health(server, Host="localhost:80", Origin=origin), 403, origin)
         found = server.call("OPTIONS", "/v1/sessions", headers={"Origin": "http://evil.example"})
         self.assertFalse([name for name in found.headers if name.startswith("access-control")])
-
-    def test_call_by_call_who_may_do_what(self):
-        server, token = self.server(token="s3cret"), {"Authorization": "Bearer s3cret"}
-        found = server.call("PUT", "/v1/sessions", {"creatorAgentId": "ada"}, headers=token).json
-        sid, ada = found["sessionId"], found["sessionKey"]
-        bob = server.call("POST", "/v1/sessions/%s/join" % sid, agent="bob").json["sessionKey"]
-        actors = ((UNKNOWN, "eve", None, {}), (sid, "eve", None, {}), (sid, "bob", None, {}),
-                  (sid, "bob", bob, {}), (sid, "ada", ada, {}), (UNKNOWN, "eve", None, token))
-        holders = (401, 401, 401, 401, 401)
-        for method, path, body, expected in (
-                # a stranger, who has the id, a member, the same with key, the creator, a token
-                ("PUT", "/v1/sessions", {}, holders + (201,)),
-                ("GET", "/v1/stats", None, holders + (200,)),
-                ("GET", "/metrics", None, holders + (200,)),
-                ("GET", "/api/messages/inbox/x", None, holders + (200,)),
-                ("POST", "/api/messages", {"channel": "x", "content": "y"}, holders + (201,)),
-                ("GET", "/health", None, (200,) * 6), ("GET", "/", None, (200,) * 6),
-                ("GET", "/v1/sessions/{}", None, (404, 200, 200, 200, 200, 404)),
-                ("PUT", "/v1/pair", "the id", (404, 201, 201, 201, 201, 404)),
-                ("POST", "/v1/sessions/{}/renew", {}, (404, 403, 200, 200, 200, 404)),
-                ("POST", "/v1/sessions/{}/messages", {"text": "x"},
-                 (404, 403, 201, 201, 201, 404)),
-                ("GET", "/v1/sessions/{}/messages", None, (404, 403, 200, 200, 200, 404)),
-                ("DELETE", "/v1/sessions/{}/agents/ada", None, (401, 401, 401, 403, 403, 401)),
-                ("DELETE", "/v1/sessions/{}/agents/bob", None, (401, 401, 401, 200, 404, 401)),
-                ("POST", "/v1/sessions/{}/join", None, (404, 200, 200, 409, 200, 404))):
-            seen = tuple(server.call(method, path.format(sid), {"sessionId": sid}
-                                     if body == "the id" else body, agent, key, headers).status
-                         for sid, agent, key, headers in actors)
-            self.assertEqual(seen, expected, (method, path))
 
     def test_a_token_comes_as_bearer_or_api_key_and_must_be_right(self):
         server = self.server(token="s3cret")
@@ -1963,7 +1968,7 @@ class AccessTest(Case):
             self.fails("wrong_certificate", server.client(sleep=lambda _: None, **options).health)
         self.assertNotIn(b" 200 ", server.raw(get("/health")))
         made = client.create(creator_agent_id="ada")
-        waiting = Aside(client.poll, made["sessionId"], "ada", wait=60)
+        waiting = Started(client.poll, made["sessionId"], "ada", wait=60)
         until(lambda: server.store.waiters.parked)
         client.send(made["sessionId"], "ada", "x", session_key=made["sessionKey"])
         self.assertEqual(waiting.result()["messages"][0]["text"], "x")
@@ -2000,10 +2005,15 @@ class CommitTest(Case):
         def hold(_):
             running.set()
             until(lambda: len(queue) == len(jobs))
-        leader = Aside(self.db.write, hold)
+        def outcome(job):
+            try:
+                return self.db.write(job)
+            except Exception as trouble:
+                return trouble
+        leader = Started(self.db.write, hold)
         running.wait(10)
         for job in jobs:
-            calls.append(Aside(self.db.write, job))
+            calls.append(Started(outcome, job))
             until(lambda: len(queue) >= len(calls) or len(calls) == len(jobs))
         leader.result()
         return [call.result() for call in calls]
@@ -2173,44 +2183,6 @@ class FileTest(Case):
 FIELDS = ["id", "channel", "sender", "content", "status", "correlationId", "taskId", "metadata",
           "createdAt", "ackedAt", "expiresAt"]
 LEASE_FIELDS = ["attempts", "leaseToken", "leasedBy", "leaseExpiresAt"]
-SECRET = "ghp_" + "a1B2" * 9                # put together here: no scanner takes it for a leak
-
-
-class Started:
-    """A call in a thread of its own; result() is what it returned, or raises what it raised."""
-
-    def __init__(self, function, *args, **values):
-        self._call, self._outcome = (function, args, values), []
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self):
-        function, args, values = self._call
-        try:
-            self._outcome[:] = function(*args, **values), None
-        except BaseException as trouble:
-            self._outcome[:] = None, trouble
-
-    def done(self):
-        """Has it returned?"""
-        return not self._thread.is_alive()
-
-    def result(self, timeout=10):
-        """What it returned, within `timeout` seconds."""
-        self._thread.join(timeout)
-        if not self._outcome:
-            raise AssertionError("still waiting after %s seconds" % timeout)
-        if self._outcome[1]:
-            raise self._outcome[1]
-        return self._outcome[0]
-
-
-def eventually(condition, seconds=5):
-    """Whether condition() comes true within so many seconds."""
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.002)
-    return condition()
 
 
 def day_time(text):
@@ -2284,7 +2256,7 @@ class ChannelCase(ServerCase):
         """Start a call that waits; returns it, a Started, once the server has parked it."""
         before = self.s.store.waiters.parked
         call = Started(function, *args, **values)
-        self.assertTrue(eventually(lambda: self.s.store.waiters.parked > before or call.done()))
+        until(lambda: self.s.store.waiters.parked > before or call.done())
         self.assertFalse(call.done(), "it did not wait")
         return call
 
@@ -2366,13 +2338,13 @@ class ChannelSend(ChannelCase):
 
     def test_secrets_are_blacked_out_of_content_and_metadata_and_the_types_are_told(self):
         password = "hunter" + "2xyz"
-        message = self.put("see %s." % SECRET, metadata={
-            "deep": [{"k": "password = '%s'" % password}], SECRET: 1})
+        message = self.put("see %s." % TOKEN, metadata={
+            "deep": [{"k": "password = '%s'" % password}], TOKEN: 1})
         self.assertEqual(list(message), FIELDS + ["redacted"])
         self.assertEqual(message["content"], "see [REDACTED:github-token].")
         self.assertEqual(set(message["redacted"]), {"github-token", "password"})
         self.assertEqual(self.read(), [message])
-        self.assertNotRegex(json.dumps(message), SECRET + "|" + password)
+        self.assertNotRegex(json.dumps(message), TOKEN + "|" + password)
         self.assertEqual(self.acted(message, "ack")["redacted"], message["redacted"])
 
 
@@ -2613,9 +2585,9 @@ class ChannelIdempotency(ChannelCase):
                          [None, "true"])
 
     def test_the_same_key_and_body_give_the_first_answer_even_after_an_ack(self):
-        first = self.post("x %s" % SECRET, "k", metadata={"a": 1}, ttlSeconds=9)
+        first = self.post("x %s" % TOKEN, "k", metadata={"a": 1}, ttlSeconds=9)
         self.acted(first.json, "ack")
-        self.replay(first, self.post("x %s" % SECRET, "k", metadata={"a": 1}, ttlSeconds=9))
+        self.replay(first, self.post("x %s" % TOKEN, "k", metadata={"a": 1}, ttlSeconds=9))
         self.assertEqual(self.ids("?includeAcked=true"), [first.json["id"]])
         texts = ['{"channel": "%s", "content": "\u00fc", "metadata": {"a": 1, "b": [2]}}',
                  '{"metadata":{"b":[2],"a":1},\n"content":"\\u00fc","channel":"%s"}']
@@ -2745,11 +2717,14 @@ class ChannelLease(ChannelCase):
         call = self.parked(self.lease, leaseSeconds=1, wait=30)
         self.acted(held, "release", leaseToken=held["leaseToken"])
         self.assertEqual([m["attempts"] for m in call.result()], [2])
-        self.s.clock.advance(0.9)
-        held, = self.parked(self.lease, wait=30).result()
-        self.acted(held, "release", leaseToken=held["leaseToken"], delaySeconds=1)
-        self.s.clock.advance(0.9)
-        self.assertEqual([m["attempts"] for m in self.parked(self.lease, wait=30).result()], [4])
+        for end, attempts in (("lease", [3]), ("delay", [4])):
+            if end == "delay":
+                self.acted(held, "release", leaseToken=held["leaseToken"], delaySeconds=1)
+            self.s.clock.advance(0.999)
+            call = self.parked(self.lease, wait=30)
+            self.s.clock.advance(0.001)
+            held, = call.result()
+            self.assertEqual([held["attempts"]], attempts)
 
     def test_after_max_attempts_a_message_is_dead_until_revived(self):
         self.s = self.server(max_attempts=2)
@@ -2840,16 +2815,6 @@ class ChannelLease(ChannelCase):
                 self.assertLessEqual(day_time(end), day_time(later) - 1000, "two at once")
             self.assertLessEqual(acked[message_id], ends[-1])
 
-    def test_setting_the_computers_clock_moves_neither_leases_nor_ttls(self):
-        clock, wall = nexus.Clock(), time.time
-        before = clock.now()
-        try:
-            for hours in (-5, 5):
-                time.time = lambda: wall() + hours * 3600
-                self.assertLess(abs(clock.now() - before), 60000)
-        finally:
-            time.time = wall
-
 
 # ----------------------------------------------------------------------------------------
 # Ask and reply
@@ -2869,7 +2834,7 @@ class AskAndReply(ChannelCase):
 
     def test_each_answer_finds_its_question_and_acknowledges_it(self):
         asked = [Started(self.s.client().messages.ask, self.channel, str(n), 30) for n in range(4)]
-        self.assertTrue(eventually(lambda: self.count() == 4))
+        until(lambda: self.count() == 4)
         for question in reversed(self.read()):
             back = question["metadata"]["replyTo"]
             answer = self.reply(question, content="re " + question["content"], sender="bob",
@@ -2879,7 +2844,7 @@ class AskAndReply(ChannelCase):
                 "channel", "sender", "correlationId", "metadata")],
                 [back, "bob", question["correlationId"], {"sure": True}])
             self.assertTrue(question["correlationId"] and back != self.channel)
-            self.assertTrue(eventually(lambda: self.count(back) == 0), "the asker did not ack")
+            until(lambda: self.count(back) == 0)        # the asker has acknowledged it
         self.assertEqual([call.result()["content"] for call in asked],
                          ["re %d" % n for n in range(4)])
         self.assertEqual(self.count(), 0)
@@ -2887,7 +2852,7 @@ class AskAndReply(ChannelCase):
     def test_without_a_reply_channel_the_answer_goes_to_the_sender(self):
         for metadata in ({}, {"replyTo": ""}, {"replyTo": 5}, {"replyTo": "x" * 257}):
             question = self.put(sender="ada", correlationId="c9", metadata=metadata)
-            answer = self.reply(question, content="token " + SECRET)
+            answer = self.reply(question, content="token " + TOKEN)
             self.assertEqual([answer[name] for name in (
                 "channel", "correlationId", "sender", "content", "redacted")],
                 ["ada", "c9", "api", "token [REDACTED:github-token]", ["github-token"]])
@@ -3368,7 +3333,7 @@ class McpProcess:
 
     def answer(self, number, count=1):
         """The answer with this id, once it is there; or the count-th of them."""
-        eventually(lambda: len(self.find(number)) >= count or self._reader.done())
+        until(lambda: len(self.find(number)) >= count or self._reader.done())
         found = self.find(number)
         if len(found) < count:
             raise AssertionError("no answer to %r" % (number,))
@@ -3436,7 +3401,7 @@ class McpOverStdio(ServerCase):
         before = self.s.store.waiters.parked
         number = self.mcp.start_tool("nexus_poll", number, sessionId=session, agentId="bob",
                                      wait=30)
-        self.assertTrue(eventually(lambda: self.s.store.waiters.parked > before))
+        until(lambda: self.s.store.waiters.parked > before)
         return session, number, lambda text: self.s.send(session, "ada", text, keys["ada"])
 
     def cancel(self, number):
@@ -3527,7 +3492,8 @@ class McpOverStdio(ServerCase):
         state.put(session, "agent", "bob")
         self.cancel(number)
         send("important")
-        eventually(lambda: state.get(session, "cursor"), 0.2)       # which must not move
+        with self.assertRaises(AssertionError):                     # the cursor must not move
+            until(lambda: state.get(session, "cursor"), 0.2)
         self.assertEqual([m["text"] for m in self.mcp.tool("nexus_poll", sessionId=session)[
             "messages"]], ["important"])
         self.assertEqual(self.mcp.find(number), [])
@@ -3666,12 +3632,12 @@ class Descriptions(ServerCase):
             if answer.status < 300:
                 visited.add(key)
             return answer.json
-        made = call("PUT", "/v1/sessions", {"creatorAgentId": "ada", "greeting": SECRET})
+        made = call("PUT", "/v1/sessions", {"creatorAgentId": "ada", "greeting": TOKEN})
         call("PUT", "/v1/sessions")
         base = "/v1/sessions/" + made["sessionId"]
         call("GET", base)
         call("POST", base + "/join", agent="bob")
-        call("POST", base + "/messages", {"text": SECRET, "json": [1]}, "ada", made["sessionKey"])
+        call("POST", base + "/messages", {"text": TOKEN, "json": [1]}, "ada", made["sessionKey"])
         call("GET", base + "/messages?members=true", agent="bob")
         call("POST", base + "/renew", agent="bob")
         code = call("PUT", "/v1/pair", {"sessionId": made["sessionId"]})["code"]
@@ -3681,7 +3647,7 @@ class Descriptions(ServerCase):
         call("DELETE", base + "/agents/cy", agent="cy", key=key)
         for path in ("/", "/health", "/v1/stats", "/metrics", "/openapi.json"):
             call("GET", path)
-        sent = call("POST", "/api/messages", {"channel": "d", "content": SECRET, "taskId": "t"})
+        sent = call("POST", "/api/messages", {"channel": "d", "content": TOKEN, "taskId": "t"})
         inbox, on = "/api/messages/inbox/d", "/api/messages/%d/" % sent["id"]
         held, = call("POST", inbox + "/lease", {"consumer": "w"})["messages"]
         token = {"leaseToken": held["leaseToken"]}
@@ -3747,23 +3713,10 @@ class Descriptions(ServerCase):
 # code pages, kill -9) is shown by processes, further down.
 # ----------------------------------------------------------------------------------------
 
-ELEVEN = ["id", "channel", "sender", "content", "status", "correlationId", "taskId", "metadata",
-          "createdAt", "ackedAt", "expiresAt"]
 DEAD_URL = "http://127.0.0.1:9"         # the discard port: nobody listens there
 GONE, SILENT = "aa" * 24, "bb" * 24     # ids of sessions that no server knows
 BASH = shutil.which("bash")
 IN_BASH = 'nexus.py() { "$PYTHON" "$NEXUS" "$@"; }\ntx() { nexus.py tx "$@"; }\n'
-
-
-@contextlib.contextmanager
-def swapped(owner, name, value):
-    """owner.name is `value` for a while."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 class Stream(io.TextIOWrapper):
@@ -3785,7 +3738,7 @@ def run_here(home, *words, input="", url=None, tty=False, **environ):
                 (sys, "argv", ["nexus.py"] + [str(word) for word in words]), (sys, "stdout", out),
                 (sys, "stderr", err), (sys, "stdin", Stream(input)),
                 (nexus, "CLIENT_BACKOFF", 0.001)):
-            stack.enter_context(swapped(owner, name, value))
+            stack.enter_context(patched(owner, name, value))
         stack.callback(os.environ.update, before)
         stack.callback(os.environ.clear)
         os.environ.clear()
@@ -4186,7 +4139,7 @@ class LocalState(CliCase):
             with open(draft) as new, open(path) as old:
                 seen.append((new.read(), old.read(), os.path.dirname(draft)))
             really(draft, path)
-        with swapped(os, "replace", replace):
+        with patched(os, "replace", replace):
             state.put("s", "cursor", "2")
         self.assertEqual((seen, state.get("s", "cursor")), ([("2\n", "1\n", self.kept("s"))], "2"))
 
@@ -4258,7 +4211,7 @@ class LocalState(CliCase):
         ran = self.cli("config", "set-url", self.s.url)
         self.assertEqual(ran.code, 1, ran)
         self.assertIn(root, ran.json["message"])
-        with swapped(os.path, "expanduser", lambda path: path):
+        with patched(os.path, "expanduser", lambda path: path):
             self.assertIn("HOME", self.no("no_home", "create").json["message"])
 
 
@@ -4462,12 +4415,12 @@ class ChannelVerbs(CliCase):
         self.assertEqual(self.ok(*words), row)          # the same answer, and nothing stored
         self.no("idempotency_key_reused", *(words + ["other"]))
         self.assertEqual((list(row), row["status"], row["sender"], row["metadata"]),
-                         (ELEVEN, "pending", "cli", {"a": [1]}))
+                         (FIELDS, "pending", "cli", {"a": [1]}))
         self.assertEqual(self.ok("tx", "inbox", "shape", "--json"), [row])
         self.assertEqual(self.ok("tx", "outbox", "pending", "shape", "--json"),
                          {"channel": "shape", "count": 1})
         acked = self.ok("tx", "ack", row["id"], "--json")
-        self.assertEqual((list(acked), acked["id"], acked["status"]), (ELEVEN, row["id"], "acked"))
+        self.assertEqual((list(acked), acked["id"], acked["status"]), (FIELDS, row["id"], "acked"))
         self.assertEqual(self.ok("tx", "ack", "all", "shape", "--json"),
                          {"channel": "shape", "ackedCount": 0})
         self.assertEqual(self.ok("tx", "inbox", "shape", "--json"), [])
@@ -4745,7 +4698,7 @@ class ServeCase(Case):
             server.serve_forever = lambda: None
             return server
         self.addCleanup(threading.stack_size, 0)
-        with swapped(nexus, "make_server", make):
+        with patched(nexus, "make_server", make):
             ran = run_here(self.folder(), "serve", "--port", "0", *flags)
         self.assertEqual((ran.code, ran.out.count("\n")), (1, 1), ran)
         self.assertIn(ran.json["message"], ran.err)
@@ -4835,7 +4788,7 @@ class ServeProcess(ServeCase):
             for words, environ, value in (([], {}, row.default), ([], {name: ""}, row.default),
                                           ([], {name: str(first)}, first), (given, {}, second),
                                           (given, {name: str(first)}, second)):
-                with swapped(nexus, "serve", seen.append):
+                with patched(nexus, "serve", seen.append):
                     self.assertEqual(run_here("/", "serve", *words, **environ).code, 0)
                 self.assertEqual(getattr(seen[-1], row.name), value)
 
@@ -4845,7 +4798,7 @@ class ServeProcess(ServeCase):
                 if row.low is not None else ["maybe"] if row.default is False else []
             for value in bad:
                 with self.subTest(name=row.name, value=value), \
-                        swapped(nexus, "serve", lambda settings: None):
+                        patched(nexus, "serve", lambda settings: None):
                     ran = run_here("/", "serve", **{nexus.environment_name(row): value})
                     self.assertEqual((ran.code, (ran.json or {}).get("error")), (2, "usage"))
                     self.assertIn("--" + row.name.replace("_", "-"), ran.json["message"])
@@ -4893,7 +4846,7 @@ class Sender(threading.Thread):
 
     def run(self):
         with contextlib.suppress(OSError, ValueError), \
-                socket.create_connection(("127.0.0.1", self._port), 5) as sock, \
+                socket.create_connection(("127.0.0.1", self._port), 60) as sock, \
                 sock.makefile("rb") as stream:          # an answer cut off is no promise
             while not self.odd:
                 text = "%s-%d" % (self.name, len(self.done))
@@ -4924,7 +4877,8 @@ class KillNine(ServeCase):
         for turn in range(self.ROUNDS):
             senders = [Sender(process.port, "%d-%d" % (turn, number), place, headers)
                        for number, (place, headers) in enumerate(doors)]
-            time.sleep(0.2 + 0.1 * random.Random(turn).random())
+            until(lambda: all(sender.done or sender.odd for sender in senders), 60)
+            time.sleep(0.1 * random.Random(turn).random())      # in the middle of something
             self.end(process, signal.SIGKILL)
             for sender in senders:
                 sender.join(10)
@@ -5019,7 +4973,7 @@ class PosixTakenAway(Case):
                 nexus.FileLock(path)
         self.assertEqual(calls, [(64, 2, 1)] * 2)       # a byte that nobody needs to read
         self.assertRegex(caught.exception.message, r"process %d\b" % os.getpid())
-        with swapped(os, "unlink", refusing(PermissionError(13, "it is open"))):
+        with patched(os, "unlink", refusing(PermissionError(13, "it is open"))):
             lock.release()
         nexus.FileLock(path).release()                  # what could not be removed is taken over
         self.assertEqual(os.listdir(os.path.dirname(path)), [])
@@ -5030,9 +4984,9 @@ class PosixTakenAway(Case):
         if os.name == "posix":
             self.assertEqual((nexus.process_lives(os.getpid()), nexus.process_lives(ended.pid)),
                              (True, False))
-        with swapped(os, "name", "nt"), swapped(os, "kill", refusing(AssertionError("killed"))):
+        with patched(os, "name", "nt"), patched(os, "kill", refusing(AssertionError("killed"))):
             self.assertTrue(nexus.process_lives(ended.pid))
-        with swapped(os, "kill", refusing(PermissionError(1, "not yours"))):
+        with patched(os, "kill", refusing(PermissionError(1, "not yours"))):
             self.assertTrue(nexus.process_lives(1))
 
     def test_limits_clocks_and_modes_that_are_missing_are_done_without(self):
@@ -5051,12 +5005,12 @@ class PosixTakenAway(Case):
         self.assertEqual(settings.max_connections, 60)  # no more than there are files, less a few
         plain = type("time", (), {"time": staticmethod(time.time),
                                   "monotonic": staticmethod(time.monotonic)})
-        with swapped(nexus, "time", plain):
+        with patched(nexus, "time", plain):
             self.assertLess(abs(nexus.Clock().now() / 1000 - time.time()), 5)
         state = nexus.State(self.folder())
         state.put("s", "key", "k")
         os.chmod(os.path.join(state.root, "sessions", "s", "key"), 0o666)
-        with swapped(os, "name", "nt"):
+        with patched(os, "name", "nt"):
             self.assertTrue(state.key_is_private("s"))
 
     def test_windows_binds_the_port_for_itself_alone(self):
@@ -5399,8 +5353,8 @@ class FoundByAttack(Case):
         with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
             sock.sendall(b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
                          b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-            self.assertTrue(self.soon(lambda: server.store.waiters.parked == 1))
-        self.assertTrue(self.soon(lambda: not server.server.connections))
+            until(lambda: server.store.waiters.parked == 1)
+        until(lambda: not server.server.connections)
 
     def test_answers_keep_their_order_and_reach_who_stopped_talking(self):
         server = self.server()
@@ -5411,12 +5365,6 @@ class FoundByAttack(Case):
         answers = server.raw(pipelined, half_close=True)
         self.assertEqual(re.findall(rb"HTTP/1.1 (\d+)", answers), [b"201", b"200"] * 3)
         self.assertEqual(re.findall(rb'"content":"(\d)"', answers), [b"1", b"2", b"3"])
-
-    def soon(self, held, seconds=5):
-        ends = time.monotonic() + seconds
-        while not held() and time.monotonic() < ends:
-            time.sleep(0.01)
-        return held()
 
 
 # ----------------------------------------------------------------------------------------
