@@ -66,6 +66,7 @@ hashlib = Later("hashlib")
 hmac = Later("hmac")
 http_server = Later("http.server", "http_server")
 itertools = Later("itertools")
+queue = Later("queue")
 secrets = Later("secrets")
 selectors = Later("selectors")
 shlex = Later("shlex")
@@ -118,6 +119,9 @@ MAX_BATCH = 64                  # writes in one commit: bounds how long the firs
 BUDGET_KEYS = 10000             # addresses in a budget before closed windows are dropped
 USAGE_CHANNELS = 20000          # channels whose counts are kept in memory
 RATE_SECONDS = 60               # the window of --rate-limit
+CHEAP_BODY = 2048               # bytes of a body that cost less to redact than a look at the store
+LONG_BODY = 16384               # bytes of a body from which on only one at a time is worked on
+LOG_LINES = 10000               # lines that wait for a log that is read slowly: about 1 MiB
 SWEEP_SECONDS = 1.0             # pause between two expiry runs
 SWEEP_ROWS = 200                # rows deleted or acked in one commit: a sender waits for that
 WAL_BYTES = 16 * 1024 * 1024    # the write-ahead log is emptied once it is longer than this
@@ -158,6 +162,9 @@ SETTINGS = (
     Setting("max_headers", 64, 8, "header lines in a request: browsers send about 20"),
     Setting("max_json_depth", 100, 4, "levels of nesting in a JSON body"),
     Setting("max_connections", 12000, 1, "open connections; a parked thread costs about 26 KiB"),
+    Setting("max_connections_per_address", 0, 0, "open connections of one address; 0 = a quarter of"
+            " all; loopback is exempt unless this is set"),
+    Setting("max_buffered", 67108864, 1024, "bytes of unfinished request bodies, in all"),
     Setting("max_waiters", 11000, 1, "long polls parked at once"),
     Setting("max_waiters_per_address", 256, 1, "long polls parked by one address (not loopback)"),
     Setting("max_sessions", 100000, 1, "sessions alive at once"),
@@ -559,13 +566,54 @@ def one_line(text, limit=200):
     return re.sub(r"[^\x20-\x7e\u00a1-\u1fff]", "?", str(text)[:limit])
 
 
-def log(line):
-    """One line on stderr, with the time; what comes from outside cannot forge a second one."""
-    try:
-        sys.stderr.write("%s %s\n" % (time.strftime("%Y-%m-%d %H:%M:%S"), one_line(line, 500)))
-        sys.stderr.flush()
-    except (OSError, ValueError, AttributeError):
-        pass                            # a full disk or a closed pipe must not stop the server
+class Log:
+    """Lines on stderr, with the time; what comes from outside cannot forge a second one.
+
+    A server starts a thread that writes them: a pipe that nobody reads must stop nobody.
+    LOG_LINES wait at the most; how many were lost beyond is said when there is room again.
+    """
+
+    def __init__(self):
+        self._lines = self._thread = None
+        self._lost = 0
+
+    def __call__(self, line):
+        line = "%s %s\n" % (time.strftime("%Y-%m-%d %H:%M:%S"), one_line(line, 500))
+        if self._lines is None:
+            self._write(line)
+        elif self._lines.qsize() < LOG_LINES:
+            self._lines.put(line)
+        else:
+            self._lost += 1
+
+    def start(self):
+        """From now on a thread writes."""
+        self._lines = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="nexus-log", daemon=True)
+        self._thread.start()
+
+    def stop(self):
+        """Write what is left, but wait a second at the most for whoever does not read it."""
+        self._lines.put(None)
+        self._thread.join(1)
+
+    def _run(self):
+        for line in iter(self._lines.get, None):
+            self._write(line)
+            if self._lost and self._lines.empty():
+                lost, self._lost = self._lost, 0
+                self("%d lines of this log were lost: nobody read it" % lost)
+
+    @staticmethod
+    def _write(line):
+        try:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+        except (OSError, ValueError, AttributeError):
+            pass                        # a full disk or a closed pipe must not stop the server
+
+
+log = Log()
 
 
 # ----------------------------------------------------------------------------------------
@@ -967,13 +1015,12 @@ def _redact_string(text, key, check, found):
 # 5. Database
 #
 # 201 means on disk. One connection writes, in WAL mode with synchronous=FULL; a write is answered
-# after the commit that holds it. Commits are shared: whoever finds nobody committing leads and
-# commits at once; what comes meanwhile queues and goes into the next commit together. No timer, no
-# extra thread: a lone writer is not slowed, sixteen pay for one fsync. A leader whose own write is
-# done hands over to whoever comes next, so nobody commits for others for long. Readers of a file
-# have connections of their own and never wait for a commit; those of :memory: share the writer's.
-# Lock order: _writer_lock before _queue_lock. Nobody waits for anything but the disk while holding
-# _writer_lock, and for nothing at all while holding _queue_lock.
+# after the commit that holds it. Commits are shared: whoever finds nobody committing commits at
+# once; what comes meanwhile queues and goes into the next commit together. No timer, no extra
+# thread: a lone writer is not slowed, sixteen pay for one fsync. Who commits for others is relieved
+# by whoever comes next. Readers of a file have connections of their own and never wait for a
+# commit; those of :memory: share the writer's. There is one lock, _writer_lock; nobody waits for
+# anything but the disk while holding it.
 # ----------------------------------------------------------------------------------------
 
 # Step n brings a database from version n-1 to version n; PRAGMA user_version says where it is.
@@ -1102,16 +1149,49 @@ class FileLock:
         os.close(self._file)
 
 
-class _Write:
-    """A write on its way into a commit: the job, what became of it, and whom to tell.
+class Pending:
+    """A write on its way into a commit: a job, and then(its result) -> the answer.
 
-    done(result, error) is called when it is on the disk, by the thread that committed it.
+    to(step) adds a step; wait() sleeps until it is on the disk and returns the answer;
+    start(done) returns at once, and whoever commits calls done(answer, error). So a sender's
+    thread sleeps once for each message, for the next one, and not twice.
     """
 
-    __slots__ = ("job", "done", "result", "error")
+    __slots__ = ("_db", "job", "_then", "_done", "result", "error")
 
-    def __init__(self, job, done):
-        self.job, self.done, self.result, self.error = job, done, None, None
+    def __init__(self, db, job, then=None):
+        self._db, self.job, self._then = db, job, then
+
+    def to(self, step):
+        """The same, with step(answer) in place of the answer."""
+        return Pending(self._db, self.job, lambda result: step(self._then(result)))
+
+    def start(self, done):
+        """Queue it; done(answer, error) must not wait for anything."""
+        self._done = done
+        self._db.submit(self)
+
+    def wait(self):
+        """The answer, once it is on the disk; raises what the job raised."""
+        ready = threading.Lock()
+        ready.acquire()
+        self.start(lambda *_: ready.release())
+        ready.acquire()
+        if self.error:
+            raise self.error
+        return self.result
+
+    def settle(self):
+        """Tell whoever waits what became of it; a fault here must not stop who commits."""
+        try:
+            if self.error is None and self._then:
+                self.result = self._then(self.result)
+        except Exception as trouble:
+            self.error = trouble
+        try:
+            self._done(None if self.error else self.result, self.error)
+        except Exception as trouble:    # the others of the batch must hear of theirs
+            log("an answer was lost: %s" % type(trouble).__name__)
 
 
 class _Spoiled(Exception):
@@ -1139,10 +1219,8 @@ class Database:
         self.lost = False                       # is the file gone from under us?
         self.unscrubbed = True                  # is deleted content left in the WAL? maybe
         self._queue = collections.deque()       # writes that wait for a commit
-        self._leader = None                     # the write whose thread commits now
-        self._tired = False                     # has it done its own, and may be relieved?
-        self._queue_lock = threading.Lock()     # guards these three
-        self._writer_lock = threading.Lock()    # guards the writing connection
+        self._relieve = False                   # has who commits done so for others already?
+        self._writer_lock = threading.Lock()    # guards the writing connection; see submit()
         self._readers = collections.deque()     # reading connections that are free
         self._owner = self._prepare_file()
         try:
@@ -1231,50 +1309,38 @@ class Database:
         A job looks first and changes afterwards: when it raises NexusError nothing of it stays,
         and the other writes of its commit are not touched. It may be run twice.
         """
-        ready = threading.Lock()
-        ready.acquire()
-        write = _Write(job, lambda *_: ready.release())
-        self._submit(write)
-        ready.acquire()
-        if write.error:
-            raise write.error
-        return write.result
+        return Pending(self, job).wait()
 
-    def start(self, job, done):
-        """As write(), without waiting: done(result, error) is called by whoever commits it."""
-        self._submit(_Write(job, done))
+    def submit(self, write):
+        """Queue a Pending, and commit what waits unless somebody is at it.
 
-    def _submit(self, write):
-        """Queue a write, and lead if nobody does or the leader has done its own."""
-        with self._queue_lock:
-            self._queue.append(write)
-            lead = self._leader is None or self._tired
-            if lead:
-                self._leader, self._tired = write, False
-        if lead:
-            self._lead(write)
+        Nothing is left lying: whoever finds the lock taken has queued before, and whoever held it
+        looks at the queue again after letting go. Who comes while a thread is committing a second
+        batch waits to relieve it; that thread has a client of its own.
+        """
+        self._queue.append(write)
+        wait, self._relieve = self._relieve, False
+        self._commit_all(wait)
 
-    def _lead(self, own):
-        """Commit what waits until nothing does, or somebody who came later takes the lead over."""
-        more = True
-        while more:
-            with self._writer_lock:     # whom we relieve may be in the middle of a commit
-                with self._queue_lock:
-                    batch = [self._queue.popleft()
-                             for _ in range(min(len(self._queue), MAX_BATCH))]
+    def _commit_all(self, wait=False):
+        while self._queue and self._writer_lock.acquire(wait):
+            try:
+                batch = [self._queue.popleft() for _ in range(min(len(self._queue), MAX_BATCH))]
                 if batch:
                     self._commit(batch)
-            with self._queue_lock:
-                if self._leader is own:
-                    self._tired = bool(self._queue)
-                    self._leader = own if self._queue else None
+            finally:
+                self._writer_lock.release()
+            wait, self._relieve = False, bool(self._queue)
             for write in batch:
-                try:
-                    write.done(write.result, write.error)
-                except Exception as trouble:    # the others of the batch must hear of it too
-                    log("an answer was lost: %s" % type(trouble).__name__)
-            with self._queue_lock:
-                more = self._leader is own
+                write.settle()
+
+    def _alone(self, work):
+        """work() while nobody writes; what queued up meanwhile is committed afterwards."""
+        try:
+            with self._writer_lock:
+                return work()
+        finally:
+            self._commit_all()
 
     def _commit(self, batch):
         db, at_work = self._writer, False
@@ -1328,8 +1394,7 @@ class Database:
         With weigh(row) -> characters the rows end once ANSWER_BYTES are reached.
         """
         if self.memory:                 # memory has a single connection: share it by its lock
-            with self._writer_lock:
-                return self._fetch(self._writer, query, parameters, weigh)
+            return self._alone(lambda: self._fetch(self._writer, query, parameters, weigh))
         try:
             connection = self._readers.pop()
         except IndexError:
@@ -1371,12 +1436,14 @@ class Database:
         if self.memory:
             return True
         self.read("PRAGMA wal_checkpoint(PASSIVE)")
-        with self._writer_lock:
-            self._writer.execute("PRAGMA busy_timeout=0")   # no sender waits for a slow reader
-            try:
-                busy, _, _ = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            finally:
-                self._writer.execute("PRAGMA busy_timeout=%d" % (BUSY_SECONDS * 1000))
+        return self._alone(self._truncate)
+
+    def _truncate(self):
+        self._writer.execute("PRAGMA busy_timeout=0")       # no sender waits for a slow reader
+        try:
+            busy, _, _ = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        finally:
+            self._writer.execute("PRAGMA busy_timeout=%d" % (BUSY_SECONDS * 1000))
         return not busy
 
     def wal_bytes(self):
@@ -1402,36 +1469,6 @@ class Database:
         if self._owner:
             self._owner.release()
             self._owner = None
-
-
-class Pending:
-    """An answer that waits for a commit: a job, and then(its result) -> the answer."""
-
-    def __init__(self, db, job, then):
-        self._db, self._job, self._then = db, job, then
-
-    def to(self, step):
-        """The same, with step(answer) in place of the answer."""
-        return Pending(self._db, self._job, lambda result: step(self._then(result)))
-
-    def wait(self):
-        """The answer, when the commit has happened."""
-        return self._then(self._db.write(self._job))
-
-    def start(self, done):
-        """done(answer, error) is called when the commit has happened, by whoever commits.
-
-        So a sender's thread sleeps once for each message, for the next one, and not twice.
-        """
-        def finish(result, error):
-            answer = None
-            if error is None:
-                try:
-                    answer = self._then(result)
-                except Exception as trouble:    # a fault here must not stop the committing thread
-                    error = trouble
-            done(answer, error)
-        self._db.start(self._job, finish)
 
 
 # ----------------------------------------------------------------------------------------
@@ -1632,7 +1669,20 @@ class Sessions:
                    (session.num, agent_id, digest(key), now, now))
         return key
 
+    @staticmethod
+    def _as_member(session, key_hash=None):
+        """The session, if its agent is in it and the key, where there is one, is the agent's."""
+        if session.key_hash is None:
+            raise NexusError("forbidden")
+        if key_hash and not same(session.key_hash, key_hash):
+            raise NexusError("invalid_session_key")
+        return session
+
     # The calls.
+
+    def check_member(self, session_id, agent_id, key=None):
+        """Raise what a send would be refused with, before its body is looked at."""
+        self._as_member(self._look_up(session_id, agent_id), key and digest(key))
 
     def create(self, ttl, max_agents, greeting, creator):
         """A new session; with a creator, who is joined at once and gets a key."""
@@ -1713,9 +1763,7 @@ class Sessions:
         now = self.clock.now()
 
         def job(db):
-            session = self._look_up_in(db, session_id, agent_id, now)
-            if session.key_hash is None:
-                raise NexusError("forbidden")
+            session = self._as_member(self._look_up_in(db, session_id, agent_id, now))
             lives = ttl or session.ttl
             db.execute("UPDATE sessions SET ttl = ?, expires_at = ? WHERE num = ?",
                        (lives, now + lives * 1000, session.num))
@@ -1735,11 +1783,7 @@ class Sessions:
         key_hash = digest(key) if key else None
 
         def job(db):
-            session = self._look_up_in(db, session_id, agent_id, now)
-            if session.key_hash is None:
-                raise NexusError("forbidden")
-            if key_hash and not same(session.key_hash, key_hash):
-                raise NexusError("invalid_session_key")
+            session = self._as_member(self._look_up_in(db, session_id, agent_id, now), key_hash)
             first = retry and self._first_answer(db, session.num, agent_id,
                                                  key_hash is not None, retry)
             if first:
@@ -1795,9 +1839,7 @@ class Sessions:
 
         def look():
             now = self.clock.now()
-            session = self._look_up(session_id, agent_id)
-            if session.key_hash is None:
-                raise NexusError("forbidden")
+            session = self._as_member(self._look_up(session_id, agent_id))
             self._touch(session.num, agent_id, now)
             first = session.num << 32
             if floor >= session.last_cursor:
@@ -2602,17 +2644,18 @@ class Field:
 class Operation:
     """A row of the table: one function, where it is found, what it takes and gives."""
 
-    def __init__(self, function, method, path, answer, status, guarded, tool):
+    def __init__(self, function, method, path, answer, status, guarded, member, tool):
         self.function, self.method, self.path, self.answer = function, method, path, answer
-        self.status, self.guarded, self.tool, self.name = status, guarded, tool, function.__name__
+        self.status, self.guarded, self.member = status, guarded, member
+        self.tool, self.name = tool, function.__name__
         self.summary = function.__doc__.strip().splitlines()[0]
         self.api = bool(path) and path.startswith("/api/")
         names = function.__code__.co_varnames[1:function.__code__.co_argcount]
         needed = len(names) - len(function.__defaults__ or ())
         self.fields = [function.__annotations__[name].bind(name, position < needed)
                        for position, name in enumerate(names)]
-        self.body_fields = [field for field in self.fields if field.source == "body"]
-        self.other_fields = [field for field in self.fields if field.source != "body"]
+        self.body_fields = [field for field in self.fields if field.source in ("body", "raw")]
+        self.head_fields = [field for field in self.fields if field not in self.body_fields]
 
 
 OPERATIONS = []
@@ -2620,14 +2663,15 @@ _ROUTES = {}        # a tree: segment -> next level; None stands for any segment
 _END = "/"          # in a level: the methods of the path that ends here (no segment has a slash)
 
 
-def operation(method, path, answer, status=200, guarded=False, tool=None):
+def operation(method, path, answer, status=200, guarded=False, member=False, tool=None):
     """Put the function below into the table.
 
     `answer` names a shape of section 11, `guarded` operations want the server's token if there is
-    one, `tool` is the name as an MCP tool. method and path None: a tool that is no endpoint.
+    one, `member` ones an agent of the session, `tool` is the name as an MCP tool. method and path
+    None: a tool that is no endpoint.
     """
     def register(function):
-        entry = Operation(function, method, path, answer, status, guarded, tool)
+        entry = Operation(function, method, path, answer, status, guarded, member, tool)
         OPERATIONS.append(entry)
         if path:
             level = _ROUTES
@@ -2660,15 +2704,27 @@ class Caller:
     def unwatch(self, bell):
         """The caller got its answer."""
 
+    def receive(self, call):
+        """The body's bytes."""
+        return call.body
+
+
+Request = collections.namedtuple("Request", "method path query headers keep_alive length")
+Request.__doc__ = """What a head says. Header names are lower-case; length None: a chunked body."""
+UNREADABLE = Request("-", "", "", {}, False, None)      # what we know when it says nothing
+
 
 class Call:
-    """One request on its way to an operation. Header names are lower-case; the body is bytes."""
+    """One request on its way to an operation, and what its answer and its log line need.
 
-    __slots__ = ("app", "caller", "method", "path", "query", "headers", "body", "secure")
+    `length`: bytes of the body that are still to come, None if it does not say how many.
+    """
 
-    def __init__(self, app, caller, method="GET", path="/", query="", headers=None, body=b""):
-        self.app, self.caller, self.method, self.path = app, caller, method, path
-        self.query, self.headers, self.body, self.secure = query, headers or {}, body, False
+    __slots__ = Request._fields + ("app", "caller", "body", "secure", "id", "began")
+
+    def __init__(self, app, caller, request):
+        self.method, self.path, self.query, self.headers, self.keep_alive, self.length = request
+        self.app, self.caller, self.body, self.secure = app, caller, b"", False
 
 
 class Tokens:
@@ -2711,7 +2767,10 @@ class App:
     def __init__(self, settings, store):
         self.settings, self.store, self.tokens = settings, store, Tokens(settings)
         self.started = store.clock.monotonic()
-        self.requests = 0
+        self.requests, self.redacted = 0, 0
+        self.refused = collections.Counter()    # error code -> how often, for /metrics
+        self.lock = threading.Lock()            # guards these counts
+        self.long_work = threading.Lock()       # held while one long body is read or blacked out
         self.rate = Budget(settings.rate_limit, RATE_SECONDS, store.clock)
         self.spare_loopback = "rate_limit" not in settings.explicit
         base = settings.base_url and re.match(r"https?://([^/:]+|\[[^\]]+\])(:\d+)?",
@@ -2772,8 +2831,7 @@ def check_rate(call):
             raise slow_down("rate_limit_exceeded", wait)
 
 
-def find(method, path):
-    """The operation at a path, and the texts of the path's parameters."""
+def _methods_at(path):
     level, texts = _ROUTES, []
     for segment in path[1:].split("/"):
         if segment in level:
@@ -2782,9 +2840,20 @@ def find(method, path):
             level = level[None]
             texts.append(segment)
         else:
-            raise NexusError("not_found")
-    methods = level.get(_END)
-    if methods is None:
+            return {}, texts
+    return level.get(_END, {}), texts
+
+
+def route_of(path):
+    """A path as the table of operations spells it: with names in place of ids and codes."""
+    methods, _ = _methods_at(path)
+    return next(iter(methods.values())).path if methods else "(no such path)"
+
+
+def find(method, path):
+    """The operation at a path, and the texts of the path's parameters."""
+    methods, texts = _methods_at(path)
+    if not methods:
         raise NexusError("not_found")
     entry = methods.get("GET" if method == "HEAD" else method)
     if entry is None:
@@ -2824,17 +2893,39 @@ def read_query(query):
     return values
 
 
+def check_member(call, entry, inputs):
+    """Before a body of more than a few lines is read: may this agent send it at all?"""
+    if entry.member and (call.length is None or call.length > CHEAP_BODY):
+        known = {field.argument: inputs[field] for field in inputs if field.argument in (
+            "session_id", "agent_id", "session_key")}
+        if len(known) > 1:              # who does not say who it is is told so by validate()
+            call.app.store.sessions.check_member(known["session_id"], known.get("agent_id"),
+                                                 known.get("session_key"))
+
+
+def check_kind(call, entry):
+    """A body is JSON; one without Content-Type is taken for it."""
+    kind = call.headers.get("content-type", "application/json")
+    if call.length == 0 or not entry.body_fields or kind in ("", "application/json"):
+        return
+    kind = kind.partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise NexusError("unsupported_media_type")
+
+
+def long_work(call):
+    """What to hold while a body is worked on: eight long ones at once would stop everybody else,
+    because each of them takes the interpreter for 5 ms whenever its turn comes."""
+    return call.app.long_work if len(call.body) > LONG_BODY else threading.Lock()
+
+
 def read_body(call):
     """The JSON object in a request's body; no body at all is an empty object."""
     if not call.body:
         return {}
-    kind = call.headers.get("content-type", "")
-    if kind and kind != "application/json":
-        kind = kind.partition(";")[0].strip().lower()
-        if kind != "application/json" and not kind.endswith("+json"):
-            raise NexusError("unsupported_media_type")
     try:
-        body = parse_json(call.body, call.app.settings.max_json_depth)
+        with long_work(call):
+            body = parse_json(call.body, call.app.settings.max_json_depth)
     except (ValueError, RecursionError) as trouble:
         reason = str(trouble) if isinstance(trouble, _Refused) else "it is not valid JSON"
         raise NexusError("invalid_body", "The body cannot be read: %s." % reason) from None
@@ -2843,31 +2934,39 @@ def read_body(call):
     return body
 
 
-def gather(call, entry, texts):
-    """All inputs of an operation by field: path, query, headers and body, still unchecked."""
+def gather_head(call, entry, texts):
+    """The inputs in path, query and headers by field, still unchecked."""
     inputs, query, texts = {}, None, iter(texts)
-    for field in entry.other_fields:
+    for field in entry.head_fields:
         value = None
         if field.source == "header":
             value = call.headers.get(field.header_key)
             if value == "" and not field.low:
                 value = None            # an empty shell variable: as if it were not there
+            if value is None and field.missing:
+                raise NexusError(field.missing)
         elif field.source == "path":
             value = unquote(next(texts), field.name)
-        elif field.source == "raw":
-            value = call.body
         elif call.query:
             if query is None:
                 query = read_query(call.query)
             value = query.get(field.name)
         if value is not None:
             inputs[field] = value
-    if entry.body_fields:
-        body = read_body(call)
-        for field in entry.body_fields:
-            if field.name in body:
-                inputs[field] = body[field.name]
     return inputs
+
+
+def gather_body(call, entry, inputs):
+    """Add the inputs in the body."""
+    if not entry.body_fields:
+        return
+    if entry.body_fields[0].source == "raw":
+        inputs[entry.body_fields[0]] = call.body
+        return
+    body = read_body(call)
+    for field in entry.body_fields:
+        if field.name in body:
+            inputs[field] = body[field.name]
 
 
 def validate(entry, inputs, settings):
@@ -2892,22 +2991,33 @@ def validate(entry, inputs, settings):
 def perform(call):
     """Check one request from head to foot and run it: (operation, what it returned).
 
-    Raises NexusError for whatever is refused; each line below names its refusals.
+    Raises NexusError for whatever is refused; each line below names its refusals. What the head
+    alone can refuse is refused before the body is read.
     """
     check_host(call)                                    # 403 host_not_allowed
     check_origin(call)                                  # 403 origin_not_allowed
     check_rate(call)                                    # 429 rate_limit_exceeded
     found, texts = find(call.method, call.path)         # 404 not_found, 405 method_not_allowed
     check_token(call, found)                            # 401 unauthorized
-    inputs = gather(call, found, texts)                 # 415, 400 invalid_body
-    arguments = validate(found, inputs, call.app.settings)      # 400 invalid_request, and kin
+    check_kind(call, found)                             # 415 unsupported_media_type
+    inputs = gather_head(call, found, texts)            # 400 missing_agent_id, and kin
+    check_member(call, found, inputs)                   # 404 session_not_found, 403 forbidden
+    call.body = call.caller.receive(call)               # 413 payload_too_large, 503 server_busy
+    gather_body(call, found, inputs)                    # 400 invalid_body
+    arguments = validate(found, inputs, call.app.settings)      # 400 invalid_request
     return found, found.function(call, **arguments)
 
 
 def blackout(call, value):
     """Redact text or a JSON value with the session keys of this server; (value, types)."""
     is_key = call.app.store.sessions.is_key
-    return redact(value, is_key) if isinstance(value, str) else redact_json(value, is_key)
+    with long_work(call):
+        value, types = redact(value, is_key) if isinstance(value, str) else \
+            redact_json(value, is_key)
+    if types:
+        with call.app.lock:
+            call.app.redacted += 1
+    return value, types
 
 
 def retry_mark(key, *parts):
@@ -2987,13 +3097,14 @@ def leave_session(call, session_id: SESSION_ID, agent_id: Field("path"),
     return call.app.store.sessions.leave(session_id, agent_id, caller_id, session_key)
 
 
-@operation("POST", "/v1/sessions/{session_id}/renew", "Renewed")
+@operation("POST", "/v1/sessions/{session_id}/renew", "Renewed", member=True)
 def renew_session(call, session_id: SESSION_ID, agent_id: AGENT_ID, ttl: TTL = None):
     """Restart a session's clock"""
     return call.app.store.sessions.renew(session_id, agent_id, ttl)
 
 
-@operation("POST", "/v1/sessions/{session_id}/messages", "Sent", 201, tool="nexus_send")
+@operation("POST", "/v1/sessions/{session_id}/messages", "Sent", 201, member=True,
+           tool="nexus_send")
 def send_message(call, session_id: SESSION_ID, agent_id: AGENT_ID,
                  session_key: SESSION_KEY = None, idempotency_key: RETRY_KEY = None,
                  text: Field("body") = "", json_: Field("body", "any") = None):
@@ -3061,7 +3172,11 @@ def all_figures(app):
         "oldestPendingAt": iso(oldest_pending), "leasedMessages": leased, "deadMessages": dead,
         "waiters": store.waiters.parked, "commits": store.db.commits,
         "meanBatch": round(store.db.writes / max(1, store.db.commits), 2),
+        "redactions": app.redacted, "refused": dict(app.refused),
         "lastExpiry": store.last_sweep}
+
+
+COUNTERS = ("commits", "requests", "redactions", "refused")      # they only grow
 
 
 @operation("GET", "/v1/stats", "Stats", guarded=True)
@@ -3075,11 +3190,13 @@ def metrics(call):
     """The figures of /v1/stats for Prometheus"""
     lines = []
     for name, value in all_figures(call.app).items():
+        kind = "counter" if name in COUNTERS else "gauge"
+        name = "nexus_" + re.sub("([A-Z])", r"_\1", name).lower()
         if isinstance(value, (int, float)):
-            name = "nexus_" + re.sub("([A-Z])", r"_\1", name).lower()
-            lines.append("# TYPE %s %s\n%s %s\n" % (
-                name, "counter" if name in ("nexus_commits", "nexus_requests") else "gauge",
-                name, value))
+            lines.append("# TYPE %s %s\n%s %s\n" % (name, kind, name, value))
+        elif kind == "counter":         # by code
+            lines.append("# TYPE %s counter\n" % name)
+            lines += ['%s{code="%s"} %d\n' % (name, code, value[code]) for code in sorted(value)]
     return Reply("".join(lines), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -3284,7 +3401,8 @@ SHAPES = {
     "Stats": "activeSessions:integer totalAgents:integer totalMessages:integer uptime:integer"
              " requests:integer oldestMessageAt:string|null pendingMessages:integer"
              " oldestPendingAt:string|null leasedMessages:integer deadMessages:integer"
-             " waiters:integer commits:integer meanBatch:number lastExpiry:object",
+             " waiters:integer commits:integer meanBatch:number redactions:integer refused:object"
+             " lastExpiry:object",
     "Message": _MESSAGE,
     "LeasedMessage": _MESSAGE + " attempts?:integer leaseToken? leasedBy? leaseExpiresAt?",
     "Inbox": "messages:Message* channel count:integer",
@@ -3621,13 +3739,22 @@ def short_code_page(call, code: CODE):
 #
 # Bytes in, bytes out. The listening is http.server's; reading a request is ours, because the hot
 # path wants one read and one write, and because it is stricter: what two parsers could read in
-# two ways is refused. A thread serves a connection, but the answer to a send is written by the
-# thread that commits it; what its client does not take at once, an extra thread writes. Deadlines
-# end what dribbles; a watchman sees who hangs up while waiting, and that frees the place.
+# two ways is refused. The threads, what each waits for, and which sockets it writes to:
+#
+#     main        new connections, signals       the 503 of a connection too many, without waiting
+#     connection  its client's next bytes; its   its own client, but only what is taken at once;
+#     (each one)  place in a commit or at a bell  whoever commits, also those of that commit
+#     rest        a client that reads slowly     that client: the rest of one answer
+#     expiry      SWEEP_SECONDS                  none
+#     watchman    parked sockets, for an end     none; it rings bells
+#     log         lines; whoever reads stderr    stderr
+#
+# Nobody waits for a client while others wait for him: a committing thread leaves what a socket
+# does not take to a thread of its own. Weaknesses that we know: each connection is a thread, so
+# 12,000 is about the end; a proxy on another machine is one address to every limit but those that
+# read X-Forwarded-For; a body is held whole until its answer; under TLS whoever sends the next
+# request before the answer to the last one is taken for gone if that one is a long poll.
 # ----------------------------------------------------------------------------------------
-
-Request = collections.namedtuple("Request", "method path query headers keep_alive length")
-# length: bytes of the body, or None for a chunked one.
 
 _TOKEN = (b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 _CONTROLS = bytes(set(range(32)) - {9, 10, 13}) + b"\x7f"
@@ -3671,6 +3798,14 @@ def _body_length(headers, version):
     return int(length)
 
 
+def _parse_field(line):
+    """A header or trailer line as (lower-case name, value)."""
+    name, colon, value = line.partition(b":")
+    if not colon or not name or name.translate(None, _TOKEN):
+        raise bad_request("a header line is not NAME: VALUE")
+    return name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")
+
+
 def parse_head(head, max_headers=64):
     """A request's head (bytes, without the empty line at its end) as a Request.
 
@@ -3688,10 +3823,7 @@ def parse_head(head, max_headers=64):
     method, target, version = _parse_request_line(lines[0])
     headers = {}
     for line in lines[1:]:
-        name, colon, value = line.partition(b":")
-        if not colon or not name or name.translate(None, _TOKEN):
-            raise bad_request("a header line is not NAME: VALUE")
-        name, value = name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")
+        name, value = _parse_field(line)
         if name in headers and headers[name] != value:
             if name in _SINGLE:
                 raise bad_request("the header %s stands twice" % name)
@@ -3700,8 +3832,8 @@ def parse_head(head, max_headers=64):
     path, _, query = target.partition("?")
     if version == "1.1" and not headers.get("host"):
         raise bad_request("the header Host is missing")
-    connection = headers.get("connection", "").lower()
-    keep_alive = "close" not in connection if version == "1.1" else "keep-alive" in connection
+    options = [word.strip() for word in headers.get("connection", "").lower().split(",")]
+    keep_alive = "close" not in options if version == "1.1" else "keep-alive" in options
     return Request(method, path, query, headers, keep_alive, _body_length(headers, version))
 
 
@@ -3736,7 +3868,7 @@ def render(entry, result):
         result.headers, body.encode("utf-8")
 
 
-def refuse(call, request_id, trouble):
+def refuse(call, trouble):
     """An exception as (status, type, headers, body bytes).
 
     A fault of ours is a line in the log and a number to quote, without its message: that could
@@ -3747,30 +3879,12 @@ def refuse(call, request_id, trouble):
         while frame.tb_next:
             frame = frame.tb_next
         log("internal error, request %s: %s in %s, line %d" % (
-            request_id, type(trouble).__name__, frame.tb_frame.f_code.co_name, frame.tb_lineno))
+            call.id, type(trouble).__name__, frame.tb_frame.f_code.co_name, frame.tb_lineno))
         trouble = NexusError("internal_error")
+    with call.app.lock:
+        call.app.refused[trouble.code] += 1
     body = trouble.body(call.path.startswith("/api/"))
     return trouble.status, "application/json", trouble.headers, to_json(body).encode("utf-8")
-
-
-def respond(call, request_id, deliver, at_once):
-    """Perform a call; deliver(status, type, headers, body bytes) is called when it is done.
-
-    What waits for a commit is delivered by whoever commits, unless it must be done `at_once`,
-    before this returns.
-    """
-    try:
-        entry, result = perform(call)
-        if isinstance(result, Pending):
-            if not at_once:
-                result.to(functools.partial(render, entry)).start(lambda answer, error: deliver(
-                    *(answer or refuse(call, request_id, error)), leading=True))
-                return
-            result = result.wait()
-        answer = render(entry, result)
-    except Exception as trouble:        # whatever it is, the client gets an answer
-        answer = refuse(call, request_id, trouble)
-    deliver(*answer)
 
 
 def network_of(address):
@@ -3785,31 +3899,60 @@ def network_of(address):
 
 
 class Connection(Caller):
-    """One client: requests in, answers out, until one of the two has had enough."""
+    """One client: requests in, answers out, until one of the two has had enough.
+
+    A request goes through three states; stop() may end a connection in the first only.
+
+        waiting   no byte of it is there yet     begun is False, the turn is free
+        reading   its head is on its way         begun
+        owing     its head has been read         the turn is taken, until the answer's last byte
+
+    The answer to a send is written by the thread that commits it, so the next request may be in
+    `reading` while the last one is still in `owing`; it gets the turn when that one is out.
+    """
 
     def __init__(self, sock, peer, server):
         self.sock, self.server, self.settings = sock, server, server.app.settings
-        self.peer = self.address = network_of(peer)
-        self.busy = False               # between a request's first byte and its answer's last
+        self.peer = network_of(peer)
+        self.address, self.exempt = self.peer, self._is_local()     # a proxy may say better
+        self.begun = False              # has a byte of the next request come? its thread says so
+        self.held = 0                   # bytes of its body that count for --max-buffered
         self._turn = threading.Lock()   # held while an answer is owed: answers keep their order
-        self.exempt = self.local = self.peer.startswith("127.") or peer == "::1"
+        # May other threads write to the socket? Not under TLS, nor where a write always waits.
+        self._shared = bool(not server.tls and dont_wait())
         self._buffer = b""              # received and not yet used
         self._last = None, None         # the last head and the Request that it is
+
+    @property
+    def busy(self):
+        """Is it between a request's first byte and its answer's last?"""
+        return self.begun or self._turn.locked()
+
+    def _is_local(self):
+        return self.peer.startswith("127.") or self.peer == "::1"
 
     def run(self):
         """Serve requests until the connection ends. Never raises for what the client does."""
         try:
             if self.server.tls:
-                self.sock.settimeout(HEAD_SECONDS)
-                self.sock = self.server.tls.wrap_socket(self.sock, server_side=True)
+                self._shake_hands()
             self._set_timeouts()
             while self._serve_one():
                 pass
         except (HangUp, OSError):       # ssl.SSLError is an OSError too
             pass
-        finally:
-            self._turn.acquire(timeout=BODY_SECONDS)    # an answer may still be on its way
+        finally:                        # an answer may still be on its way to a slow client
+            self._turn.acquire(timeout=BODY_SECONDS + 2 * ANSWER_BYTES / SLOWEST_CLIENT)
             self._close()
+
+    def _shake_hands(self):
+        """Begin TLS; who speaks plain HTTP is told so in plain HTTP."""
+        self.sock.settimeout(HEAD_SECONDS)
+        if self.sock.recv(1, socket.MSG_PEEK) == b"\x16":   # a TLS record of the kind handshake
+            self.sock = self.server.tls.wrap_socket(self.sock, server_side=True)
+            return
+        self._refuse_head(bad_request("this port speaks https, so the URL begins with https://"))
+        raise HangUp()
 
     def _set_timeouts(self):
         """Wake every TICK_SECONDS from a blocked read or write, to look at the deadlines.
@@ -3841,103 +3984,128 @@ class Connection(Caller):
                 if time.monotonic() >= deadline or self.server.stopping:
                     raise HangUp() from None
                 continue
+            except OSError:
+                raise HangUp() from None
             if not data or time.monotonic() >= deadline:
                 raise HangUp()
             return data
 
     def _read_head(self):
         """The next request's head. Raises HangUp when there is none."""
-        deadline = time.monotonic() + IDLE_SECONDS
+        deadline, limit = time.monotonic() + IDLE_SECONDS, self.settings.max_header_bytes
         while True:
             if self._buffer[:2] == b"\r\n":     # RFC 9112 2.2: an empty line before a request
                 self._buffer = self._buffer[2:]
+            if self._buffer and not self.begun:
+                self.begun, deadline = True, time.monotonic() + HEAD_SECONDS
             end = self._buffer.find(b"\r\n\r\n")
-            if end > self.settings.max_header_bytes \
-                    or end < 0 and len(self._buffer) > self.settings.max_header_bytes:
+            if end > limit or end < 0 and len(self._buffer) > limit:
                 raise NexusError("headers_too_large")
             if end >= 0:
-                self.busy = True
                 head, self._buffer = self._buffer[:end], self._buffer[end + 4:]
                 return head
+            if self._buffer[:1] == b"\x16":
+                raise bad_request("this port speaks http, so the URL begins with http://")
             if b"\n\n" in self._buffer or b"\n\r\n" in self._buffer.replace(b"\r\n", b"  "):
                 raise bad_request("a line does not end with CR LF")
-            if self._buffer and not self.busy:
-                self.busy, deadline = True, time.monotonic() + HEAD_SECONDS
             self._buffer += self._receive(deadline)
 
-    def _serve_one(self):
-        """One request and its answer; returns whether another may follow.
+    def _read_request(self):
+        head = self._read_head()
+        if head != self._last[0]:       # a keep-alive client repeats itself
+            self._last = head, parse_head(head, self.settings.max_headers)
+        return self._last[1]
 
-        The answer to a send is written by the thread that commits it, while this one is back at
-        waiting for the next request.
-        """
+    def _take_turn(self, request):
+        """A request's Call, once the answer before it is out."""
+        self._turn.acquire()
+        self.begun = False
+        call = Call(self.server.app, self, request)
+        call.id, call.began = self.server.next_request()
+        self._believe_proxy(call)
+        return call
+
+    def _serve_one(self):
+        """One request and its answer; returns whether another may follow."""
         if self.server.stopping and not self._buffer:
             return False
-        request = None
         try:
-            head = self._read_head()
-            if head == self._last[0]:   # a keep-alive client repeats itself
-                request = self._last[1]
-            else:
-                request = parse_head(head, self.settings.max_headers)
-                self._last = head, request
-            body = self._read_body(request) if request.length != 0 else b""
+            call = self._take_turn(self._read_request())
         except NexusError as refusal:
-            self._turn.acquire()
-            request_id, _ = self.server.next_request()
-            self._deliver((None, 0.0, request_id, False, False), refusal.status,
-                          "application/json", refusal.headers, to_json(refusal.body(
-                              request is not None and request.path.startswith("/api/"))).encode())
+            self._refuse_head(refusal)
             self._linger()
             return False
-        request_id, began = self.server.next_request()
-        call = Call(self.server.app, self, request.method, request.path, request.query,
-                    request.headers, body)
-        self._believe_proxy(call)
-        keep = request.keep_alive and not self.server.stopping
-        note = (call, began, request_id, keep, request.method == "HEAD")
-        self._turn.acquire()            # the answer before this one must be out
-        respond(call, request_id, functools.partial(self._deliver, note),
-                at_once=bool(not keep or self._buffer or self.server.tls or not dont_wait()))
-        return keep
+        try:
+            self._answer(call)
+        finally:
+            if self.held:
+                self.server.hold(self, -self.held)
+        if call.length != 0:            # a body that we did not read follows
+            self._linger()
+        return call.keep_alive
 
-    def _deliver(self, note, status, kind, headers, payload, leading=False):
-        """Write an answer; called by this connection's thread or (leading) by one that commits."""
-        call, began, request_id, keep, head_only = note
+    def _refuse_head(self, refusal):
+        self._deliver(self._take_turn(UNREADABLE), None, refusal)
+
+    def _answer(self, call):
+        """Perform a call; its answer is delivered now, or by whoever commits what it waits for."""
+        answer = error = None
+        try:
+            entry, result = perform(call)
+            if isinstance(result, Pending):
+                result = result.to(functools.partial(render, entry))
+                if self._shared:
+                    result.start(functools.partial(self._deliver, call))
+                    return
+                answer = result.wait()
+            else:
+                answer = render(entry, result)
+        except HangUp:                  # in the middle of the body
+            self._turn.release()
+            raise
+        except Exception as trouble:    # whatever it is, the client gets an answer
+            error = trouble
+        self._deliver(call, answer, error)
+
+    def _deliver(self, call, answer, error):
+        """Write an answer, or the refusal that an error means; called by any thread."""
+        status, kind, headers, payload = answer or refuse(call, error)
+        call.keep_alive = self._skip_body(call) and call.keep_alive and not self.server.stopping
         head = _status_line(status, kind) + _date_line(int(time.time())) \
-            + b"X-Request-Id: %s\r\nContent-Length: %d\r\n" % (request_id.encode(), len(payload))
+            + b"X-Request-Id: %s\r\nContent-Length: %d\r\n" % (call.id.encode(), len(payload))
         for name, value in headers:
             head += ("%s: %s\r\n" % (name, value)).encode("latin-1")
-        head += b"\r\n" if keep else b"Connection: close\r\n\r\n"
-        self._send_all(head if head_only else head + payload, leading)
-        if call and self.settings.verbose:
-            self._log(call, status, began, request_id)
+        head += b"\r\n" if call.keep_alive else b"Connection: close\r\n\r\n"
+        self._send(head if call.method == "HEAD" else head + payload)
+        if self.settings.verbose:
+            self._log(call, status)
 
-    def _send_all(self, data, leading):
-        """Write without waiting; what the client does not take at once, a thread of its own does.
+    def _skip_body(self, call):
+        """Drop a body that was refused unread, if it is here; False if there is more to come."""
+        if call.length and len(self._buffer) >= call.length:
+            self._buffer, call.length = self._buffer[call.length:], 0
+        return call.length == 0
 
-        A thread that commits for others must not wait for a client that does not read.
-        """
-        try:
-            sent = 0 if self.server.tls else self.sock.send(data, dont_wait())
-        except (BlockingIOError, socket.timeout):
-            sent = 0
-        except OSError:                 # the client is gone, its thread will notice
-            sent = len(data)
+    def _send(self, data):
+        """Write what the client takes at once; for the rest a thread of its own waits."""
+        sent = 0
+        if self._shared:
+            try:
+                sent = self.sock.send(data, dont_wait())
+            except (BlockingIOError, socket.timeout):
+                pass
+            except OSError:             # the client is gone, its thread will notice
+                sent = len(data)
         if sent == len(data):
-            self._finish()
-        elif not leading:
-            self._send_rest(data[sent:])
+            self._turn.release()
+        elif not self._shared:
+            self._send_rest(data)
         else:
             try:
                 threading.Thread(target=self._send_rest, args=(data[sent:],), daemon=True).start()
             except RuntimeError:        # no more threads: this client has to go
                 self._shut_down(socket.SHUT_RDWR)
-                self._finish()
-
-    def _finish(self):
-        self.busy = bool(self._buffer)  # the next request may have begun meanwhile
-        self._turn.release()
+                self._turn.release()
 
     def _send_rest(self, data):
         """All of the data, if the client takes it in BODY_SECONDS and what its length allows."""
@@ -3954,7 +4122,7 @@ class Connection(Caller):
         finally:
             if view:                    # nothing may follow half an answer
                 self._shut_down(socket.SHUT_RDWR)
-            self._finish()
+            self._turn.release()
 
     def _believe_proxy(self, call):
         """With --trust-proxy the last proxy says who asks, and whether over https."""
@@ -3962,46 +4130,53 @@ class Connection(Caller):
         if self.settings.trust_proxy:
             client = call.headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
             self.address = network_of(client or self.peer)
-            self.exempt = self.local and not client
+            self.exempt = self._is_local() and not client
             call.secure = call.headers.get("x-forwarded-proto", "").lower() == "https"
 
-    def _read_body(self, request):
+    def receive(self, call):
         """The whole body; refuses what is larger than --max-body before reading it."""
-        limit = self.settings.max_body
-        if request.length is not None and request.length > limit:
+        limit, length = self.settings.max_body, call.length
+        if length is not None and length > limit:
             raise NexusError("payload_too_large", "The body has %d bytes; this server takes %d"
-                             " (--max-body)." % (request.length, limit))
-        expect = request.headers.get("expect", "").lower()
+                             " (--max-body)." % (length, limit))
+        expect = call.headers.get("expect", "").lower()
         if expect and expect != "100-continue":
             raise bad_request("only Expect: 100-continue is understood")
-        if request.length is not None and len(self._buffer) >= request.length:
-            return self._take(request.length, 0)
-        deadline = time.monotonic() + BODY_SECONDS
-        if expect and len(self._buffer) < (request.length or 1):
-            with self._turn:            # not before, nor within, the answer before this one
-                self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if request.length is None:
-            return self._read_chunks(limit, deadline)
-        return self._take(request.length, deadline)
+        if expect and len(self._buffer) < (length or 1):
+            self._send_continue()
+        deadline = time.monotonic() + BODY_SECONDS if length != 0 else 0
+        body = self._take(length, deadline) if length is not None else \
+            self._read_chunks(limit, deadline)
+        call.length = 0
+        return body
+
+    def _send_continue(self):
+        try:
+            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        except OSError:
+            raise HangUp() from None
 
     def _take(self, count, deadline):
-        """Exactly `count` bytes."""
+        """Exactly `count` bytes. Those that have to be waited for count for --max-buffered."""
         if len(self._buffer) < count:
             parts, have = [self._buffer], len(self._buffer)
             while have < count:
                 parts.append(self._receive(deadline))
                 have += len(parts[-1])
+                self.server.hold(self, len(parts[-1]))
             self._buffer = b"".join(parts)
         taken, self._buffer = self._buffer[:count], self._buffer[count:]
         return taken
 
     def _take_line(self, deadline):
-        """A line of at most 1,024 bytes, without its CR LF."""
+        """A line of at most 1,024 bytes, without its CR LF; as strict as the lines of a head."""
         while b"\r\n" not in self._buffer[:1024]:
             if len(self._buffer) >= 1024:
                 raise bad_request("a chunk's head is too long")
             self._buffer += self._receive(deadline)
         line, _, self._buffer = self._buffer.partition(b"\r\n")
+        if line.translate(None, _CONTROLS + b"\r\n") != line:
+            raise bad_request("there are control characters in a chunk's head or trailer")
         return line
 
     def _read_chunks(self, limit, deadline):
@@ -4020,25 +4195,25 @@ class Connection(Caller):
             if self._take(2, deadline) != b"\r\n":
                 raise bad_request("a chunk is longer than its size says")
         for _ in range(self.settings.max_headers):
-            if not self._take_line(deadline):
+            line = self._take_line(deadline)
+            if not line:
                 return b"".join(parts)
+            _parse_field(line)
         raise NexusError("headers_too_large", "The body has too many trailer lines.")
 
     def _linger(self):
         """Read on for a moment after a refusal: a reset would take it from the client."""
         deadline, left = time.monotonic() + LINGER_SECONDS, LINGER_BYTES
-        socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        with self._turn:                # when the refusal is out
+            self._shut_down(socket.SHUT_WR)
         while left > 0:
             left -= len(self._receive(deadline))
 
-    def _log(self, call, status, began, request_id):
+    def _log(self, call, status):
         """A line that names the operation and never an id, a code, a key or a text."""
-        try:
-            path = find(call.method, call.path)[0].path
-        except NexusError:
-            path = "(no such path)"
-        log("%s %s %d %.1f ms from %s %s" % (call.method, path, status, 1000 * (
-            time.monotonic() - began), self.address, request_id))
+        log("%s %s %d %.1f ms from %s %s" % (
+            call.method, route_of(call.path) if call.path else "(not HTTP)", status,
+            1000 * (time.monotonic() - call.began), self.address, call.id))
 
     def watch(self, bell):
         """Have the watchman ring the bell when this client hangs up."""
@@ -4147,32 +4322,58 @@ class ServerLogic:
     def process_request(self, request, client_address):
         """Serve a new connection in a thread of its own, or refuse it when there are too many."""
         connection = Connection(request, client_address[0], self)
-        with self.connections_lock:
-            full = len(self.connections) >= self.app.settings.max_connections or self.stopping
-            if not full:
-                self.connections.add(connection)
-        if full:
+        if not self._admit(connection):
             self._refuse(request)
             return
         thread = threading.Thread(target=self._run, args=(connection,), daemon=True)
         try:
             thread.start()
         except RuntimeError:            # the system has no more threads to give
-            with self.connections_lock:
-                self.connections.discard(connection)
+            self._forget(connection)
             self._refuse(request)
 
     def _run(self, connection):
         try:
             connection.run()
         finally:
-            with self.connections_lock:
-                self.connections.discard(connection)
+            self._forget(connection)
+
+    def _admit(self, connection):
+        """Count a connection, unless there are too many, in all or from its address."""
+        settings = self.app.settings
+        limit = settings.max_connections_per_address or max(1, settings.max_connections // 4)
+        if connection.exempt and "max_connections_per_address" not in settings.explicit:
+            limit = settings.max_connections
+        with self.connections_lock:
+            if self.stopping or len(self.connections) >= settings.max_connections \
+                    or self.addresses[connection.peer] >= limit:
+                return False
+            self.connections.add(connection)
+            self.addresses[connection.peer] += 1
+            return True
+
+    def _forget(self, connection):
+        with self.connections_lock:
+            self.connections.discard(connection)
+            self.addresses[connection.peer] -= 1
+            if not self.addresses[connection.peer]:
+                del self.addresses[connection.peer]
+
+    def hold(self, connection, count):
+        """Account for `count` more bytes of a body; raises server_busy over --max-buffered."""
+        with self.connections_lock:
+            if count > 0 and self.held + count > self.app.settings.max_buffered:
+                raise slow_down("server_busy", 5, "The bodies that are on their way to this server"
+                                " fill its memory (--max-buffered). Try again in a moment.")
+            self.held += count
+            connection.held += count
 
     def _refuse(self, request):
         """503 from the accepting thread, which must not wait: what cannot be sent is not."""
         body = to_json(NexusError("server_busy").body()).encode()
         request_id, _ = self.next_request()
+        with self.app.lock:
+            self.app.refused["server_busy"] += 1
         try:
             request.setblocking(False)
             request.send(_status_line(503, "application/json") + b"Retry-After: 5\r\nX-Request-Id:"
@@ -4258,8 +4459,9 @@ def make_server(settings, clock=None):
         server.server_close()
         store.close()
         raise NexusError("refused_to_start", "Cannot read the token file: %s." % trouble) from None
-    # The lock guards the set, is held for set operations only, never while serving anybody.
+    # The lock guards these three, is held to count only, never while serving anybody.
     server.connections, server.connections_lock = set(), threading.Lock()
+    server.addresses, server.held = collections.Counter(), 0
     server.numbers, server.name = itertools.count(1), os.urandom(4).hex()
     server.watchman = Watchman()
     store.start()
@@ -4328,6 +4530,7 @@ def serve(settings):
     """Run a server until SIGTERM or Ctrl-C; then finish what is under way and return."""
     raise_file_limit(settings)
     threading.stack_size(STACK_BYTES)
+    log.start()
     server = make_server(settings)
     stay_on_one_core()
     ask_linux()
@@ -4346,6 +4549,7 @@ def serve(settings):
         pass                            # that is how it is meant to end
     finally:
         server.stop()
+        log.stop()
 
 
 # ----------------------------------------------------------------------------------------
@@ -5240,11 +5444,9 @@ def rpc_answer(message, tools):
 @operation("POST", "/mcp", "application/json", guarded=True)
 def mcp_endpoint(call, body: Field("raw", "any")):
     """MCP over plain HTTP: one JSON-RPC request in, its answer out"""
-    kind = call.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise NexusError("unsupported_media_type")
     try:
-        message = parse_json(body, call.app.settings.max_json_depth)
+        with long_work(call):
+            message = parse_json(body, call.app.settings.max_json_depth)
     except (ValueError, RecursionError):
         return Reply(rpc_error(None, -32700, "the body is not valid JSON"), status=400)
     answer = rpc_answer(message, ServerTools(call))
