@@ -1323,14 +1323,16 @@ class Database:
         self._commit_all(wait)
 
     def _commit_all(self, wait=False):
+        again = False
         while self._queue and self._writer_lock.acquire(wait):
+            self._relieve = again
             try:
                 batch = [self._queue.popleft() for _ in range(min(len(self._queue), MAX_BATCH))]
                 if batch:
                     self._commit(batch)
             finally:
                 self._writer_lock.release()
-            wait, self._relieve = False, bool(self._queue)
+            wait, again = False, True
             for write in batch:
                 write.settle()
 
