@@ -5207,6 +5207,248 @@ class WhoMayDoWhat(ServerCase):
 
 
 # ----------------------------------------------------------------------------------------
+# Under pressure
+#
+# Strangers are cheap: what the head alone can refuse is refused before the body is read, bodies
+# and connections have bounds, and nobody who is slow, or in the middle of something, stops others.
+# ----------------------------------------------------------------------------------------
+
+def request(method, path, body=b"", *lines):
+    """The bytes of a request; a Content-Length among the lines stands as it is."""
+    if not any(line.lower().startswith(("content-length", "transfer-encoding")) for line in lines):
+        lines += ("Content-Length: %d" % len(body),)
+    return "\r\n".join(("%s %s HTTP/1.1" % (method, path), "Host: localhost") + lines
+                       + ("", "")).encode() + body
+
+
+class Talk:
+    """A connection of one's own: say() some bytes, hear() the next answer."""
+
+    def __init__(self, case, server, *said):
+        self._sock = socket.create_connection(("127.0.0.1", server.port), 10)
+        case.addCleanup(self._sock.close)
+        self._stream = self._sock.makefile("rb")
+        case.addCleanup(self._stream.close)
+        self.say(*said)
+
+    def say(self, *parts):
+        for part in parts:
+            self._sock.sendall(part)
+        return self
+
+    def hear(self):
+        """The next answer, or None at the end of the stream."""
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            line = self._stream.readline()
+            if not line:
+                return None
+            head += line
+        length = int(re.search(rb"Content-Length: (\d+)", head).group(1))
+        return answers(head + self._stream.read(length))[0]
+
+
+class UnderPressure(Case):
+
+    POST = "/api/messages"
+    SEND = b'{"channel": "c", "content": "x"}'
+
+    def connection(self, server):
+        """The server's side of the one connection that it has."""
+        until(lambda: len(server.server.connections) == 1)
+        return next(iter(server.server.connections))
+
+    def test_a_body_is_not_read_before_the_head_is_found_good(self):
+        server = self.server(token="t")
+        sid, keys = server.call("PUT", "/v1/sessions", {"creatorAgentId": "ada"},
+                                headers={"X-Api-Key": "t"}).json["sessionId"], {}
+        mine, size = "/v1/sessions/%s/messages" % sid, "Content-Length: 1000000"
+        for path, lines, status in (
+                (self.POST, (), 401), ("/nowhere", (), 404), ("/health", (), 405),
+                (self.POST, ("X-Api-Key: t", "Content-Type: text/plain"), 415), (mine, (), 400),
+                ("/v1/sessions/%s/messages" % UNKNOWN, ("X-Agent-Id: ada",), 404),
+                (mine, ("X-Agent-Id: eve",), 403),
+                ("/v1/sessions/%s/renew" % sid, ("X-Agent-Id: eve",), 403),
+                (mine, ("X-Agent-Id: ada", "X-Session-Key: wrong"), 403)):
+            with self.subTest(path=path, lines=lines):
+                talk = Talk(self, server, request("POST", path, b"", size, *lines))
+                self.assertEqual(talk.hear().status, status)
+                self.assertIsNone(talk.hear())
+        chunked = request("POST", self.POST, b"", "Transfer-Encoding: chunked")
+        self.assertEqual(Talk(self, server, chunked).hear().status, 401)
+        # A body that is here already costs nothing: the connection stays.
+        talk = Talk(self, server, request("POST", self.POST, self.SEND) + get("/health"))
+        self.assertEqual([talk.hear().status, talk.hear().status], [401, 200])
+
+    def test_a_long_body_from_a_stranger_is_not_redacted(self):
+        server = self.server()
+        body = json.dumps({"json": ["x" * 9] * 1000}).encode()
+        self.assertGreater(len(body), nexus.CHEAP_BODY)
+        with patched(nexus, "redact_json", None):
+            answer = server.call("POST", "/v1/sessions/%s/messages" % UNKNOWN, body, "ada")
+        self.expect(answer, 404, "session_not_found")
+
+    def test_unfinished_bodies_have_a_bound_in_all(self):
+        server = self.server(max_buffered=70000)
+        talks = [Talk(self, server, request("POST", self.POST, b"", "Content-Length: 60000"),
+                      b"x" * 59999) for _ in range(2)]
+        until(lambda: server.app.refused["server_busy"])
+        small = server.call("POST", self.POST, {"channel": "c", "content": "x"})
+        self.expect(small, 201)
+        for talk in talks:
+            talk.say(b"x")
+        heard = sorted(talk.hear().status for talk in talks)
+        self.assertEqual(heard, [400, 503])
+        until(lambda: server.server.held == 0)
+
+    def test_the_connections_of_one_address_have_a_bound(self):
+        server = self.server(max_connections=8, max_connections_per_address=2)
+        talks = [Talk(self, server, get("/health")) for _ in range(2)]
+        self.assertEqual([talk.hear().status for talk in talks], [200, 200])
+        self.assertEqual(Talk(self, server).hear().status, 503)
+        try:
+            sock = socket.create_connection(("127.0.0.1", server.port), 10, ("127.0.0.2", 0))
+        except OSError as trouble:
+            self.skipTest("this machine has one loopback address: %s" % trouble)
+        with sock:
+            sock.sendall(get("/health"))
+            self.assertIn(b" 200 ", sock.recv(999))
+        talks[0]._sock.shutdown(socket.SHUT_RDWR)
+        until(lambda: server.server.addresses["127.0.0.1"] == 1)
+        self.assertEqual(Talk(self, server, get("/health")).hear().status, 200)
+
+    def test_an_address_gets_a_quarter_and_loopback_all(self):
+        for peer, least in (("10.0.0.7", 2), ("2001:db8::1", 2), ("127.0.0.1", 8)):
+            server = self.server(max_connections=8).server
+            found = [server._admit(nexus.Connection(None, peer, server)) for _ in range(9)]
+            server.connections.clear()
+            self.assertEqual(found, [True] * least + [False] * (9 - least))
+
+    def test_a_stop_waits_for_a_request_that_begins_while_an_answer_is_written(self):
+        server = self.server()
+        talk, go = Talk(self, server), threading.Event()
+        holding = Started(server.store.db._alone, lambda: go.wait(10))
+        connection = self.connection(server)
+        talk.say(request("POST", self.POST, self.SEND))
+        until(lambda: connection.busy)
+        talk.say(get("/health")[:20])
+        until(lambda: connection.begun)
+        go.set()
+        self.assertEqual(talk.hear().status, 201)
+        self.assertTrue(connection.busy)
+        stopping = Started(server.stop)
+        until(lambda: server.server.stopping)
+        talk.say(get("/health")[20:])
+        self.assertEqual(talk.hear().status, 200)
+        holding.result(), stopping.result()
+
+    def test_an_answer_that_nobody_reads_holds_up_no_commit(self):
+        server = self.server()
+        talk, go = Talk(self, server), threading.Event()
+        holding = Started(server.store.db._alone, lambda: go.wait(10))
+        talk.say(request("POST", self.POST, self.SEND))
+        until(lambda: len(server.store.db._queue) == 1)
+        with patched(nexus, "_status_line", lambda *_: b"x" * (1 << 24)):
+            go.set()
+            holding.result()            # who commits has written the answer, as far as it went
+        self.expect(server.call("POST", self.POST, {"channel": "c", "content": "y"}), 201)
+        self.assertTrue(self.connection(server).busy)
+
+    def test_what_queues_while_somebody_else_holds_the_writer_is_committed(self):
+        server, go = self.server(), threading.Event()
+        holding = Started(server.store.db._alone, lambda: go.wait(10))
+        until(lambda: server.store.db._writer_lock.locked())
+        sends = [Started(server.call, "POST", self.POST, {"channel": "c", "content": "x"})
+                 for _ in range(3)]
+        until(lambda: len(server.store.db._queue) == 3)
+        go.set()
+        holding.result()
+        self.assertEqual([send.result().status for send in sends], [201] * 3)
+
+    def test_one_long_body_at_a_time(self):
+        server = self.server()
+        body = {"channel": "c", "content": "x" * nexus.LONG_BODY}
+        with server.app.long_work:
+            long_ones = [Started(server.call, "POST", self.POST, body) for _ in range(2)]
+            self.expect(server.call("POST", self.POST, {"channel": "c", "content": "y"}), 201)
+            self.assertFalse(any(call.done() for call in long_ones))
+        self.assertEqual([call.result().status for call in long_ones], [201, 201])
+
+    def test_chunk_heads_and_trailers_are_as_strict_as_heads(self):
+        server = self.server()
+        for extension, trailer, status in (
+                (b";a=b", b"X-Sum: 1\r\n", 201), (b";a\nb", b"", 400), (b";a\0b", b"", 400),
+                (b";a\rb", b"", 400), (b"", b"X\r\n", 400), (b"", b"X : 1\r\n", 400),
+                (b"", b"X: a\nY: b\r\n", 400), (b"", b"X: \0\r\n", 400)):
+            with self.subTest(extension=extension, trailer=trailer):
+                body = b"20%s\r\n%s\r\n0\r\n%s\r\n" % (extension, self.SEND, trailer)
+                talk = Talk(self, server, request("POST", self.POST, body,
+                                                  "Transfer-Encoding: chunked"))
+                self.assertEqual(talk.hear().status, status)
+
+    def test_close_is_a_word_and_not_a_part_of_one(self):
+        talk = Talk(self, self.server(), get("/health", "Connection: disclose") * 2
+                    + get("/health", "Connection: x, Close"))
+        self.assertEqual([talk.hear().status for _ in range(3)] + [talk.hear()], [200] * 3 + [None])
+
+    def test_the_other_kind_of_http_is_told_so_at_once(self):
+        folder, server = self.folder(), self.server()
+        hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
+        self.assertIn("http://", Talk(self, server, hello).hear().json["message"])
+        if not shutil.which("openssl"):
+            self.skipTest("openssl is not here")
+        subprocess.run(("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+                        " -days 9 -subj /CN=x -keyout k.pem -out c.pem").split(), cwd=folder,
+                       check=True, stderr=subprocess.DEVNULL)
+        server = self.server(tls_cert=os.path.join(folder, "c.pem"),
+                             tls_key=os.path.join(folder, "k.pem"))
+        answer = Talk(self, server, get("/health")).hear()
+        self.assertEqual(answer.status, 400)
+        self.assertIn("https://", answer.json["message"])
+
+    def test_the_log_tells_of_every_refusal_and_metrics_count_them(self):
+        server = self.server(verbose=True, max_body=1000)
+        self.expect(server.call("POST", self.POST, b"x" * 1001), 413, "payload_too_large")
+        server.raw(b"GARBAGE\r\n\r\n")
+        self.expect(server.call("DELETE", self.POST), 405, "method_not_allowed")
+        server.call("POST", self.POST, {"channel": "c", "content": TOKEN})
+        until(lambda: len(server.lines) == 4)
+        lines = [" ".join(line.split()[:3]) for line in server.lines]
+        server.lines.clear()
+        self.assertEqual(lines, ["POST /api/messages 413", "- (not HTTP)", "DELETE /api/messages"
+                                 " 405", "POST /api/messages 201"])
+        text = server.call("GET", "/metrics").text
+        until(lambda: server.lines)
+        server.lines.clear()
+        for line in ("# TYPE nexus_refused counter", 'nexus_refused{code="bad_request"} 1',
+                     'nexus_refused{code="payload_too_large"} 1', "nexus_redactions 1"):
+            self.assertIn(line + "\n", text)
+
+    def test_a_log_that_nobody_reads_stops_nobody(self):
+        reading, writing = os.pipe()
+        logger, errors = nexus.Log(), sys.stderr
+        with open(reading, "rb"), open(writing, "w") as sys.stderr, \
+                patched(nexus, "LOG_LINES", 100):
+            try:
+                logger.start()
+                for number in range(2000):      # a pipe holds 64 KiB
+                    logger("line %d %s" % (number, "x" * 80))
+                until(lambda: logger._lines.qsize() == 100)
+                self.assertGreater(logger._lost, 0)
+                heard = b""
+                while logger._lost or not logger._lines.empty() or b"were lost" not in heard:
+                    heard += os.read(reading, 65536)
+                logger("the end")
+                logger.stop()
+                while b"the end" not in heard:
+                    heard += os.read(reading, 65536)
+            finally:
+                sys.stderr = errors
+        lost = sum(map(int, re.findall(rb"(\d+) lines of this log", heard)))
+        self.assertEqual(len(re.findall(rb"line \d+ x", heard)), 2000 - lost)
+
+
+# ----------------------------------------------------------------------------------------
 # Found by attack
 #
 # Each of these worked once, for somebody who meant no good. None may work again.
