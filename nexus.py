@@ -89,7 +89,8 @@ urllib_parse = Later("urllib.parse", "urllib_parse")
 # variable (NEXUS_MAX_TTL) and the line of help. What nobody should change is a constant.
 # ----------------------------------------------------------------------------------------
 
-DEFAULT_URL = "http://127.0.0.1:3456"
+DEFAULT_PORT = 3456             # that of the tx examples
+DEFAULT_URL = "http://127.0.0.1:%d" % DEFAULT_PORT
 
 DEFAULT_TTL = 3660              # seconds a session lives after its last activity: 61 minutes
 DEFAULT_MAX_AGENTS = 50         # agents in a session
@@ -116,6 +117,7 @@ ANSWER_BYTES = 2 * 1024 * 1024  # a long answer ends after this many characters 
 BUSY_SECONDS = 5                # a write waits this long for a foreign lock on the database
 READERS = 8                     # idle reading connections kept: about 100 KiB each
 MAX_BATCH = 64                  # writes in one commit: bounds how long the first of them waits
+GOOD_HOSTS = 64                 # Host headers remembered as good: most servers have two or three
 BUDGET_KEYS = 10000             # addresses in a budget before closed windows are dropped
 USAGE_CHANNELS = 20000          # channels whose counts are kept in memory
 RATE_SECONDS = 60               # the window of --rate-limit
@@ -134,6 +136,8 @@ SLOWEST_CLIENT = 32 * 1024      # bytes a second that a client must take of a lo
 STACK_BYTES = 1024 * 1024       # of address space a thread; ours are shallow
 LINGER_SECONDS = 2              # how long, and
 LINGER_BYTES = 1 << 20          # unread bytes we swallow after a refusal, so that it is read
+HEADER_LINES = 64               # in a request's head
+JSON_DEPTH = 100                # levels of nesting in JSON
 DIGITS = 400                    # digits in a number of a JSON body: more is an attack on int()
 CLIENT_ATTEMPTS = 4             # tries of our own client
 CLIENT_BACKOFF = 0.2            # seconds before the second try; doubles; jitter of +-50 %
@@ -144,7 +148,7 @@ Setting.__doc__ = """One option of `serve`: a default of None is a path or text,
 
 SETTINGS = (
     Setting("host", "127.0.0.1", None, "address to listen on"),
-    Setting("port", 3456, 0, "port to listen on; 0 picks a free one"),
+    Setting("port", DEFAULT_PORT, 0, "port to listen on; 0 picks a free one"),
     Setting("db", "nexus.db", None, "database file, or :memory: to keep nothing"),
     Setting("base_url", None, None, "public URL of this server, used in pairing links"),
     Setting("token", None, None, "secret that opens what is otherwise open to everyone"
@@ -152,15 +156,15 @@ SETTINGS = (
     Setting("token_file", None, None, "file of accepted tokens, one a line"),
     Setting("insecure", False, None, "allow a non-loopback --host without any token"),
     Setting("max_ttl", 86400, 1, "longest life of a session, seconds"),
-    Setting("max_agents", 50, 1, "most agents a session may ask for"),
+    Setting("max_agents", DEFAULT_MAX_AGENTS, 1, "most agents a session may ask for"),
     Setting("agent_inactivity", 0, 0, "seconds of silence that remove an agent; 0 = off"),
     Setting("max_attempts", 5, 1, "leases of one message before it counts as dead"),
     Setting("rate_limit", 100, 0, "requests per 60 s and client address; 0 = off; loopback is"
             " exempt unless this is set"),
     Setting("max_body", 1048576, 1, "bytes in a request body"),
     Setting("max_header_bytes", 16384, 512, "bytes in a request's head: a cookie jar fits"),
-    Setting("max_headers", 64, 8, "header lines in a request: browsers send about 20"),
-    Setting("max_json_depth", 100, 4, "levels of nesting in a JSON body"),
+    Setting("max_headers", HEADER_LINES, 8, "header lines in a request: browsers send about 20"),
+    Setting("max_json_depth", JSON_DEPTH, 4, "levels of nesting in a JSON body"),
     Setting("max_connections", 12000, 1, "open connections; a parked thread costs about 26 KiB"),
     Setting("max_connections_per_address", 0, 0, "open connections of one address; 0 = a quarter of"
             " all; loopback is exempt unless this is set"),
@@ -532,7 +536,7 @@ def _too_deep(text, limit):
     return False
 
 
-def parse_json(raw, max_depth=100):
+def parse_json(raw, max_depth=JSON_DEPTH):
     """Strict JSON from bytes or text; raises ValueError with a sentence.
 
     Refused besides broken JSON: NaN and Infinity, numbers of more than DIGITS digits or too large
@@ -1159,7 +1163,7 @@ class Pending:
 
     __slots__ = ("_db", "job", "_then", "_done", "result", "error")
 
-    def __init__(self, db, job, then=None):
+    def __init__(self, db, job, then=lambda result: result):
         self._db, self.job, self._then = db, job, then
 
     def to(self, step):
@@ -1184,7 +1188,7 @@ class Pending:
     def settle(self):
         """Tell whoever waits what became of it; a fault here must not stop who commits."""
         try:
-            if self.error is None and self._then:
+            if self.error is None:
                 self.result = self._then(self.result)
         except Exception as trouble:
             self.error = trouble
@@ -2806,7 +2810,7 @@ def check_host(call):
     name = host[:host.rfind(":")] if re.search(r":\d*$", host) else host
     if not (name.lower() in call.app.names or re.fullmatch(r"[\d.]+|\[[0-9a-fA-F:.]+\]", name)):
         raise NexusError("host_not_allowed")
-    if len(call.app.good_hosts) < 64:
+    if len(call.app.good_hosts) < GOOD_HOSTS:
         call.app.good_hosts.add(host)
 
 
@@ -2898,11 +2902,9 @@ def read_query(query):
 def check_member(call, entry, inputs):
     """Before a body of more than a few lines is read: may this agent send it at all?"""
     if entry.member and (call.length is None or call.length > CHEAP_BODY):
-        known = {field.argument: inputs[field] for field in inputs if field.argument in (
-            "session_id", "agent_id", "session_key")}
-        if len(known) > 1:              # who does not say who it is is told so by validate()
-            call.app.store.sessions.check_member(known["session_id"], known.get("agent_id"),
-                                                 known.get("session_key"))
+        known = {field.argument: text for field, text in inputs.items()}
+        call.app.store.sessions.check_member(known["session_id"], known["agent_id"],
+                                             known.get("session_key"))
 
 
 def check_kind(call, entry):
@@ -3808,7 +3810,7 @@ def _parse_field(line):
     return name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")
 
 
-def parse_head(head, max_headers=64):
+def parse_head(head, max_headers=HEADER_LINES):
     """A request's head (bytes, without the empty line at its end) as a Request.
 
     Raises NexusError for all that http.server refuses and for more: bare LF or CR, control
@@ -4158,15 +4160,19 @@ class Connection(Caller):
         except OSError:
             raise HangUp() from None
 
+    def _receive_body(self, deadline):
+        """Some bytes of a body that is not here yet; they count for --max-buffered."""
+        data = self._receive(deadline)
+        self.server.hold(self, len(data))
+        return data
+
     def _take(self, count, deadline):
-        """Exactly `count` bytes. Those that have to be waited for count for --max-buffered."""
+        """Exactly `count` bytes."""
         if len(self._buffer) < count:
-            parts, have = [self._buffer], len(self._buffer)
-            while have < count:
-                parts.append(self._receive(deadline))
-                have += len(parts[-1])
-                self.server.hold(self, len(parts[-1]))
-            self._buffer = b"".join(parts)
+            buffer = bytearray(self._buffer)    # a list of parts would cost 40 bytes for each byte
+            while len(buffer) < count:
+                buffer += self._receive_body(deadline)
+            self._buffer = bytes(buffer)
         taken, self._buffer = self._buffer[:count], self._buffer[count:]
         return taken
 
@@ -4175,31 +4181,30 @@ class Connection(Caller):
         while b"\r\n" not in self._buffer[:1024]:
             if len(self._buffer) >= 1024:
                 raise bad_request("a chunk's head is too long")
-            self._buffer += self._receive(deadline)
+            self._buffer += self._receive_body(deadline)
         line, _, self._buffer = self._buffer.partition(b"\r\n")
         if line.translate(None, _CONTROLS + b"\r\n") != line:
             raise bad_request("there are control characters in a chunk's head or trailer")
         return line
 
     def _read_chunks(self, limit, deadline):
-        parts, total = [], 0
+        body = bytearray()
         while True:
             size = self._take_line(deadline).partition(b";")[0].strip(b" \t")
             if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size):
                 raise bad_request("a chunk's size is not a hexadecimal number")
             count = int(size, 16)
-            total += count
-            if total > limit:
+            if len(body) + count > limit:
                 raise NexusError("payload_too_large")
             if not count:
                 break
-            parts.append(self._take(count, deadline))
+            body += self._take(count, deadline)
             if self._take(2, deadline) != b"\r\n":
                 raise bad_request("a chunk is longer than its size says")
         for _ in range(self.settings.max_headers):
             line = self._take_line(deadline)
             if not line:
-                return b"".join(parts)
+                return bytes(body)
             _parse_field(line)
         raise NexusError("headers_too_large", "The body has too many trailer lines.")
 
@@ -4364,7 +4369,7 @@ class ServerLogic:
     def hold(self, connection, count):
         """Account for `count` more bytes of a body; raises server_busy over --max-buffered."""
         with self.connections_lock:
-            if count > 0 and self.held + count > self.app.settings.max_buffered:
+            if self.held + count > self.app.settings.max_buffered:
                 raise slow_down("server_busy", 5, "The bodies that are on their way to this server"
                                 " fill its memory (--max-buffered). Try again in a moment.")
             self.held += count

@@ -5274,8 +5274,9 @@ class UnderPressure(Case):
                 talk = Talk(self, server, request("POST", path, b"", size, *lines))
                 self.assertEqual(talk.hear().status, status)
                 self.assertIsNone(talk.hear())
-        chunked = request("POST", self.POST, b"", "Transfer-Encoding: chunked")
-        self.assertEqual(Talk(self, server, chunked).hear().status, 401)
+        for path, status in ((self.POST, 401), ("/v1/sessions/%s/messages" % UNKNOWN, 404)):
+            chunked = request("POST", path, b"", "Transfer-Encoding: chunked", "X-Agent-Id: ada")
+            self.assertEqual(Talk(self, server, chunked).hear().status, status)
         # A body that is here already costs nothing: the connection stays.
         talk = Talk(self, server, request("POST", self.POST, self.SEND) + get("/health"))
         self.assertEqual([talk.hear().status, talk.hear().status], [401, 200])
@@ -5299,6 +5300,14 @@ class UnderPressure(Case):
             talk.say(b"x")
         heard = sorted(talk.hear().status for talk in talks)
         self.assertEqual(heard, [400, 503])
+        until(lambda: server.server.held == 0)
+
+    def test_chunks_count_like_any_body(self):
+        server = self.server(max_buffered=20000)
+        talk = Talk(self, server, request("POST", self.POST, b"", "Transfer-Encoding: chunked"))
+        until(lambda: self.connection(server).busy)
+        talk.say(b"2\r\nxx\r\n" * 6000)
+        self.assertEqual(talk.hear().status, 503)
         until(lambda: server.server.held == 0)
 
     def test_the_connections_of_one_address_have_a_bound(self):
@@ -5353,6 +5362,48 @@ class UnderPressure(Case):
             holding.result()            # who commits has written the answer, as far as it went
         self.expect(server.call("POST", self.POST, {"channel": "c", "content": "y"}), 201)
         self.assertTrue(self.connection(server).busy)
+
+    def test_who_takes_an_answer_too_slowly_is_cut_off(self):
+        server = self.server()
+        with patched(nexus, "_status_line", lambda *_: b"x" * (1 << 24)), \
+                patched(nexus, "BODY_SECONDS", 0.05), patched(nexus, "SLOWEST_CLIENT", 1 << 30), \
+                patched(nexus, "TICK_SECONDS", 1):
+            talk = Talk(self, server, get("/health"))
+            until(lambda: server.server.connections)
+            until(lambda: not server.server.connections)
+            heard = 0
+            while talk._sock.recv(1 << 20):
+                heard += 1
+        self.assertLess(heard, 1 << 24)
+
+    def test_between_two_requests_a_connection_is_idle(self):
+        server = self.server()
+        talk = Talk(self, server, get("/health"))
+        self.assertEqual(talk.hear().status, 200)
+        until(lambda: not self.connection(server).busy)
+
+    def test_a_fault_after_the_commit_reaches_who_waits(self):
+        database = nexus.Database(":memory:")
+        self.addCleanup(database.close)
+        with self.assertRaises(ZeroDivisionError):
+            nexus.Pending(database, lambda db: 0, lambda found: 1 // found).wait()
+        self.assertEqual(nexus.Pending(database, lambda db: 4).to(str).wait(), "4")
+
+    def test_a_body_that_came_with_its_head_is_not_asked_for(self):
+        raw = request("POST", self.POST, self.SEND, "Expect: 100-continue", "Connection: close")
+        self.assertEqual([answer.status for answer in answers(self.server().raw(raw))], [201])
+
+    def test_a_trusted_proxy_says_who_asks(self):
+        server = self.server(trust_proxy=True, verbose=True)
+        lines = [(), ("X-Forwarded-For: 10.9.9.9, 10.0.0.5",)]
+        found = [Talk(self, server, get("/health", *forwarded)).hear() for forwarded in lines]
+        until(lambda: len(server.lines) == 2)
+        self.assertEqual([line.split()[-2] for line in server.lines], ["127.0.0.1", "10.0.0.5"])
+        talk = Talk(self, server, get("/health", *lines[1]) * 100)
+        found = [talk.hear().status for _ in range(100)]
+        self.assertEqual((found.count(200), found.count(429)), (99, 1))
+        until(lambda: len(server.lines) == 102)
+        server.lines.clear()
 
     def test_what_queues_while_somebody_else_holds_the_writer_is_committed(self):
         server, go = self.server(), threading.Event()
