@@ -48,6 +48,11 @@ import nexus  # noqa: E402  (the folder has to be on the path first)
 
 NEXUS = os.path.join(FOLDER, "nexus.py")
 README = os.path.join(FOLDER, "README.md")
+# How tests start it: as a module it is compiled once, into a folder that goes with the tests, and
+# not at each start. -S: what site loads on this machine is not ours.
+CACHE = tempfile.TemporaryDirectory(prefix="nexus-cache-")
+COMMAND = [sys.executable, "-S", "-c", "import sys, nexus; sys.exit(nexus.main())"]
+SCRIPT = [sys.executable, NEXUS]        # and how its users do
 
 # ----------------------------------------------------------------------------------------
 # Tools
@@ -177,7 +182,8 @@ class Server:
         self.store, self.app = self.server.app.store, self.server.app
         self.port, self.url = self.server.server_port, self.server.url
         self._log, nexus.log = nexus.log, self.lines.append
-        self._thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
+        self._thread = threading.Thread(target=self.server.serve_forever, args=(0.004,),
+                                        daemon=True)    # seconds that shutdown() may take
         self._thread.start()
 
     def __enter__(self):
@@ -266,11 +272,11 @@ class Server:
 class Process:
     """A server in a process of its own, to be killed. `url` once it is up; stop() is SIGTERM."""
 
-    def __init__(self, folder, *flags, **environ):
+    def __init__(self, folder, *flags, command=COMMAND, **environ):
         self.folder, self._ended = folder, None
         self._errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [sys.executable, NEXUS, "serve", "--port", "0"] + list(flags), cwd=folder,
+            command + ["serve", "--port", "0"] + list(flags), cwd=folder,
             env=clean_environment(folder, **environ), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=self._errors)
         line = self.process.stdout.readline()
@@ -293,9 +299,11 @@ class Process:
 
 
 def clean_environment(home, **more):
-    """An environment with a home of its own and without anybody's NEXUS_ settings."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("NEXUS_")}
-    environ.update(HOME=home, USERPROFILE=home, **more)
+    """An environment for COMMAND, with a home of its own and without anybody's NEXUS_ settings."""
+    environ = {name: value for name, value in os.environ.items()
+               if not name.startswith("NEXUS_") and name != "PYTHONDONTWRITEBYTECODE"}
+    environ.update(HOME=home, USERPROFILE=home, PYTHONPATH=FOLDER, PYTHONPYCACHEPREFIX=CACHE.name)
+    environ.update(more)
     return environ
 
 
@@ -306,7 +314,7 @@ def run_nexus(home, *words, input=None, url=None, timeout=60, **environ):
     """Run `nexus.py WORDS` with this home: a Ran, with stdout parsed where it is JSON."""
     if url:
         environ["NEXUS_URL"] = url
-    done = subprocess.run([sys.executable, NEXUS] + [str(word) for word in words], cwd=home,
+    done = subprocess.run(COMMAND + [str(word) for word in words], cwd=home,
                           input=None if input is None else input.encode("utf-8"),
                           stdin=subprocess.DEVNULL if input is None else None,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout,
@@ -682,22 +690,23 @@ class LinearTest(unittest.TestCase):
              "SG." + "a" * 16 + "-",
              "token: a[", "password=a(", "x" * 9 + "=", "password :" + "\t" * 9, "é", "\n"]
 
-    def cost(self, text):
-        best = 99.0
-        for _ in range(3):
-            start = time.thread_time()          # of this thread: others may be busy as they like
-            nexus.redact(text, lambda key: False)
-            best = min(best, time.thread_time() - start)
-        return best
+    @staticmethod
+    def cost(text):
+        start = time.thread_time()      # of this thread: others may be busy as they like
+        nexus.redact(text, lambda key: False)
+        return time.thread_time() - start
 
     def test_hostile_input(self):
         everything = " ".join(token[:9] for _,
             token in TOKENS) + " ".join(s[1][-9:] for s in SHAPES)
         for unit in self.UNITS + [everything, everything.replace(" ", "")]:
-            with self.subTest(unit=unit[:20]):
-                short = (unit * 65536)[:65536]
+            short = (unit * 32768)[:32768]
+            for attempt in range(5):    # the best of as many as it takes
                 # Quadratic work takes 16 times as long; 0.02 is more than a tick on Windows.
-                self.assertLess(self.cost(short * 4), 9 * self.cost(short) + 0.02)
+                if self.cost(short * 4) < 9 * self.cost(short) + 0.02:
+                    break
+            else:
+                self.fail("not in linear time: %r" % unit[:20])
 
 
 # ----------------------------------------------------------------------------------------
@@ -2880,7 +2889,7 @@ class ChannelLease(ChannelCase):
 
     def test_eight_workers_that_die_at_random_do_everything_and_never_two_the_same(self):
         self.s = self.server(max_attempts=1000)
-        total, leases, acked = 200, [], {}
+        total, leases, acked = 100, [], {}
         for n in range(total):
             self.put(str(n))
 
@@ -3407,7 +3416,7 @@ class McpProcess:
     def __init__(self, url, home):
         self.answers, self._last = [], 0
         self.process = subprocess.Popen(
-            [sys.executable, NEXUS, "mcp", "--url", url], cwd=home, env=clean_environment(home),
+            COMMAND + ["mcp", "--url", url], cwd=home, env=clean_environment(home),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self._reader = Started(self._read)
 
@@ -3609,10 +3618,13 @@ class McpOverStdio(ServerCase):
     def test_when_the_input_ends_it_finishes_what_runs_and_ends_well(self):
         mcp, _ = self.other()
         session, _ = self.s.session()
-        number = mcp.start_tool("nexus_poll", sessionId=session, agentId="ada", wait=1)
+        number = mcp.start_tool("nexus_poll", sessionId=session, agentId="ada", wait=30)
         mcp.write(b'{"jsonrpc":"2.0","id":"half')
-        self.assertEqual(mcp.end(), 0)
-        self.assertEqual(mcp.text_of(number)["messages"], [])
+        end = Started(mcp.end)
+        mcp.answer(None)                    # the rest of the line will not come any more
+        self.s.send(session, "ada", "late")
+        self.assertEqual(end.result(), 0)
+        self.assertEqual(mcp.text_of(number)["messages"][0]["text"], "late")
         self.assertEqual(mcp.answer(None)["error"]["code"], -32700)
 
 
@@ -3818,7 +3830,8 @@ class Descriptions(ServerCase):
 DEAD_URL = "http://127.0.0.1:9"         # the discard port: nobody listens there
 GONE, SILENT = "aa" * 24, "bb" * 24     # ids of sessions that no server knows
 BASH = shutil.which("bash")
-IN_BASH = 'nexus.py() { "$PYTHON" "$NEXUS" "$@"; }\ntx() { nexus.py tx "$@"; }\n'
+IN_BASH = 'nexus.py() { "$PYTHON" %s "$@"; }\ntx() { nexus.py tx "$@"; }\n' % " ".join(
+    nexus.shlex.quote(word) for word in COMMAND[1:])
 
 
 class Stream(io.TextIOWrapper):
@@ -4207,7 +4220,7 @@ class LocalState(CliCase):
             for out in (broken, os.open("/dev/full", os.O_WRONLY)):
                 with self.subTest(words=words, full=out != broken):
                     done = subprocess.run(
-                        [sys.executable, NEXUS] + words, env=clean_environment(self.home),
+                        COMMAND + words, env=clean_environment(self.home),
                         stdout=out, stderr=subprocess.PIPE, timeout=60)
                     os.close(out)
                     self.assertEqual(done.returncode, 1)
@@ -4572,8 +4585,7 @@ class ChannelVerbs(CliCase):
         for content in ("one", "two"):
             client.send("shared-work", content)
             client.send("worker-7", content)
-        environ = clean_environment(self.home, NEXUS_URL=self.s.url, PYTHON=sys.executable,
-                                    NEXUS=NEXUS)
+        environ = clean_environment(self.home, NEXUS_URL=self.s.url, PYTHON=sys.executable)
         running = [(subprocess.Popen([BASH, "-c", IN_BASH + script], env=environ,
                                      stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                      stderr=subprocess.PIPE), pattern) for script, pattern in (
@@ -4649,7 +4661,7 @@ class WorkByVerb(CliCase):
         self.text("reply", question["id"], "ready \u2603")
         done = subprocess.run([BASH, "-c", IN_BASH + ran.json["resume"]], cwd=self.home,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
-                              env=clean_environment(self.home, PYTHON=sys.executable, NEXUS=NEXUS))
+                              env=clean_environment(self.home, PYTHON=sys.executable))
         self.assertEqual((done.returncode, done.stdout.decode()), (0, "ready \u2603\n"),
                          done.stderr)
         self.assertEqual(os.listdir(self.home), [])
@@ -4670,7 +4682,7 @@ class VerbProcesses(CliCase):
 
     def start(self, *words, stdin=subprocess.DEVNULL, **environ):
         process = subprocess.Popen(
-            [sys.executable, NEXUS] + list(words), stdin=stdin, stdout=subprocess.PIPE,
+            COMMAND + list(words), stdin=stdin, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, env=clean_environment(self.home, NEXUS_URL=self.s.url,
                                                           **environ))
         self.addCleanup(process.communicate)
@@ -4779,9 +4791,9 @@ class VerbProcesses(CliCase):
 class ServeCase(Case):
     """A test that starts and ends servers."""
 
-    def begin(self, *flags, folder=None, **environ):
+    def begin(self, *flags, folder=None, **more):
         """A server process that the test ends itself, with end()."""
-        process = Process(folder or self.folder(), *flags, **environ)
+        process = Process(folder or self.folder(), *flags, **more)
         self.addCleanup(process.process.kill)
         self.assertIsNotNone(process.url)
         return process
@@ -4812,9 +4824,9 @@ class ServeProcess(ServeCase):
 
     @unittest.skipUnless(os.name == "posix", "signals end a process on Windows")
     def test_a_signal_finishes_what_is_under_way_within_two_seconds(self):
-        for how in (signal.SIGTERM, signal.SIGINT):
+        for how, command in ((signal.SIGTERM, SCRIPT), (signal.SIGINT, COMMAND)):
             folder = self.folder()
-            process = self.begin(folder=folder)
+            process = self.begin(folder=folder, command=command)
             client = nexus.Client(process.url)
             sid = client.create(creator_agent_id="ada")["sessionId"]
             client.messages.send("c", "kept for good")
@@ -5132,6 +5144,11 @@ class PosixTakenAway(Case):
 # ----------------------------------------------------------------------------------------
 
 
+# A script that is called nexus.py runs as COMMAND does.
+PYTHON3 = """python3() { if [ "$1" = nexus.py ]; then "$@"; else "$PYTHON" "$@"; fi; }
+"""
+
+
 class ReadmeTellsTheTruth(Case):
     """README.md, run.
 
@@ -5173,7 +5190,7 @@ class ReadmeTellsTheTruth(Case):
         shutil.copy(NEXUS, folder)
         server = self.process(folder=folder)
         environ = clean_environment(os.path.join(folder, "home"), NEXUS_URL=server.url,
-                                    PYTHON=sys.executable, NEXUS="nexus.py")
+                                    PYTHON=sys.executable)
         os.mkdir(environ["HOME"])
         for reason, script in self.BLOCK.findall(self.text):
             with self.subTest(script):
@@ -5186,7 +5203,7 @@ class ReadmeTellsTheTruth(Case):
                 script = self.ELSEWHERE.sub(self.checked, script)
                 script = script.replace("3456", str(server.port))
                 done = subprocess.run(
-                    [BASH, "-ec", IN_BASH + 'python3() { "$PYTHON" "$@"; }\n' + script],
+                    [BASH, "-ec", IN_BASH + PYTHON3 + script],
                     cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE, timeout=60)
                 self.assertEqual(done.returncode, 0, done)
@@ -5365,7 +5382,7 @@ class FoundByAttack(Case):
         folder = self.folder()
         with open(os.path.join(folder, "secrets.py"), "w") as file:
             file.write("raise SystemExit('imported')\n")
-        server = self.process("--db", ":memory:", folder=folder)
+        server = self.process("--db", ":memory:", folder=folder, command=SCRIPT)
         self.assertEqual(len(nexus.Client(server.url).create()["sessionId"]), 48)
 
     def test_a_database_with_a_second_name_is_refused(self):
@@ -5432,7 +5449,7 @@ class FoundByAttack(Case):
         server = self.server()
         messages, size = server.client().messages, nexus.ANSWER_BYTES // 4
         for _ in range(8):
-            messages.send("jobs", "x" * size)
+            messages.send("jobs", "x " * (size // 2))
         self.assertLess(len(messages.lease("jobs", "w", limit=8)), 6)
 
     def test_an_abandoned_question_ends_with_its_asker(self):
