@@ -2539,17 +2539,6 @@ class ChannelInbox(ChannelCase):
         self.put()                          # a bell that brings nothing, after the end
         self.assertEqual(idle.result(), [])
 
-    def test_a_message_past_its_ttl_is_gone_for_every_call(self):
-        short, long = self.put(ttlSeconds=60), self.put(ttlSeconds=7200)
-        self.s.clock.advance(59)
-        self.assertEqual((self.ids(), self.count()), ([short["id"], long["id"]], 2))
-        self.s.clock.advance(2)
-        self.assertEqual((self.ids(), self.ids("?includeAcked=true"), self.count()),
-                         ([long["id"]], [long["id"]], 1))
-        self.assertEqual([m["id"] for m in self.lease(limit=9)], [long["id"]])
-        self.expect(self.act(short, "ack"), 404, "message_not_found")
-        self.assertEqual(self.ack_all(), 1)
-
     def test_sessions_and_channels_never_see_each_other(self):
         session, keys = self.s.session(("ada", "bob"), greeting="welcome")
         sent = self.s.send(session, "ada", "private", keys["ada"]).json
@@ -4699,12 +4688,8 @@ class VerbProcesses(CliCase):
         short.stdin.write(b"y\n")
         short.stdin.flush()
         wanted = {daemon.pid: sids[0], heart.pid: sids[1], short.pid: sids[2]}
-        for _ in range(500):                    # ten seconds at the most, until all three poll
-            found = self.ok("poll-status")["polling"]
-            if len(found) == 3:
-                break
-            time.sleep(0.02)
-        self.assertEqual({row["pid"]: row["session"] for row in found}, wanted)
+        until(lambda: {row["pid"]: row["session"]
+                       for row in self.ok("poll-status")["polling"]} == wanted)
         for process, sid, fields in ((daemon, sids[0], {"messages", "nextCursor", "members"}),
                                      (heart, sids[1], {"messages", "nextCursor"})):
             waits = []
@@ -4830,19 +4815,12 @@ class ServeProcess(ServeCase):
             client = nexus.Client(process.url)
             sid = client.create(creator_agent_id="ada")["sessionId"]
             client.messages.send("c", "kept for good")
-            answers = []
-            thread = threading.Thread(target=lambda: answers.append(
-                nexus.Client(process.url).poll(sid, "ada", wait=60)))
-            thread.start()
-            for _ in range(500):                # ten seconds at the most, until it is parked
-                if client.stats()["waiters"]:
-                    break
-                time.sleep(0.02)
+            waiting = Started(nexus.Client(process.url).poll, sid, "ada", wait=60)
+            until(lambda: client.stats()["waiters"])
             began = time.monotonic()
             self.end(process, how)
             self.assertLess(time.monotonic() - began, 2)
-            thread.join(5)
-            self.assertEqual([answer["messages"] for answer in answers], [[]])
+            self.assertEqual(waiting.result()["messages"], [])
             self.assertEqual(os.listdir(folder), ["nexus.db"])          # no WAL, no lock
             path = os.path.join(folder, "nexus.db")
             self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
@@ -5346,25 +5324,18 @@ class FoundByAttack(Case):
         self.assertEqual(sessions.code_state(code, good), "pending")
 
     def test_wrong_codes_tried_at_once_are_counted_before_they_are_answered(self):
-        server, found = self.server(), []
-        threads = [threading.Thread(target=lambda: found.append(server.call(
-            "GET", "/v1/pair/PEARL-FOCAL-00000/status").status)) for _ in range(60)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        server = self.server()
+        calls = [Started(server.call, "GET", "/v1/pair/PEARL-FOCAL-00000/status")
+                 for _ in range(60)]
+        found = [call.result().status for call in calls]
         self.assertEqual((found.count(404), found.count(429)), (nexus.CODE_MISSES_PER_ADDRESS, 40))
 
     def test_good_codes_at_once_use_up_no_budget(self):
-        server, found = self.server(), []
+        server = self.server()
         codes = [server.store.sessions.pair(server.session()[0])[0] for _ in range(50)]
-        threads = [threading.Thread(target=lambda code=code: found.append(server.call(
-            "POST", "/v1/pair/%s/claim" % code, agent="bob").status)) for code in codes]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(found, [200] * 50)
+        calls = [Started(server.call, "POST", "/v1/pair/%s/claim" % code, agent="bob")
+                 for code in codes]
+        self.assertEqual([call.result().status for call in calls], [200] * 50)
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "there is no /dev/full here")
     def test_a_log_that_cannot_be_written_stops_nothing(self):
