@@ -15,6 +15,7 @@ import bisect
 import collections
 import contextlib
 import hashlib
+import hmac
 import http.client
 import http.server
 import io
@@ -47,6 +48,11 @@ import nexus  # noqa: E402  (the folder has to be on the path first)
 
 NEXUS = os.path.join(FOLDER, "nexus.py")
 README = os.path.join(FOLDER, "README.md")
+# How tests start it: as a module it is compiled once, into a folder that goes with the tests, and
+# not at each start. -S: what site loads on this machine is not ours.
+CACHE = tempfile.TemporaryDirectory(prefix="nexus-cache-")
+COMMAND = [sys.executable, "-S", "-c", "import sys, nexus; sys.exit(nexus.main())"]
+SCRIPT = [sys.executable, NEXUS]        # and how its users do
 
 # ----------------------------------------------------------------------------------------
 # Tools
@@ -130,12 +136,13 @@ def patched(thing, name, value):
 
 
 @contextlib.contextmanager
-def between(thing, name, act, before=False):
+def between(thing, name, act, before=False, skip=0):
     """At the next call of thing.name, by whatever thread, act() runs right after it or `before`.
 
-    act() runs in that thread, between two of its steps, and may call thing.name itself.
+    act() runs in that thread, between two of its steps, and may call thing.name itself. `skip`
+    calls pass before.
     """
-    original, turn = getattr(thing, name), iter([act])
+    original, turn = getattr(thing, name), iter([None] * skip + [act])
 
     def wrapped(*args, **values):
         mine = next(turn, None)
@@ -155,15 +162,15 @@ Answer = collections.namedtuple("Answer", "status headers json text")
 class Server:
     """A nexus server in this process on a free port; use as a context manager or stop() it.
 
-    Keyword arguments are settings. `clock` is a TestClock. The background expiry is off unless
-    sweeping=True: call sweep(). `lines` holds what the server logged; stop() raises if something
-    is there that the test did not take out.
+    Keyword arguments are settings. `clock` is a TestClock, one that was used before if it is given.
+    The background expiry is off unless sweeping=True: call sweep(). `lines` holds what the server
+    logged; stop() raises if something is there that the test did not take out.
     """
 
-    def __init__(self, sweeping=False, **settings):
+    def __init__(self, sweeping=False, clock=None, **settings):
         settings.setdefault("db", ":memory:")
         settings.setdefault("port", 0)
-        self.clock, self.lines = TestClock(), []
+        self.clock, self.lines = clock or TestClock(), []
         self.settings = nexus.Settings(settings)
         start = nexus.Store.start
         if not sweeping:
@@ -175,7 +182,8 @@ class Server:
         self.store, self.app = self.server.app.store, self.server.app
         self.port, self.url = self.server.server_port, self.server.url
         self._log, nexus.log = nexus.log, self.lines.append
-        self._thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
+        self._thread = threading.Thread(target=self.server.serve_forever, args=(0.004,),
+                                        daemon=True)    # seconds that shutdown() may take
         self._thread.start()
 
     def __enter__(self):
@@ -264,11 +272,11 @@ class Server:
 class Process:
     """A server in a process of its own, to be killed. `url` once it is up; stop() is SIGTERM."""
 
-    def __init__(self, folder, *flags, **environ):
+    def __init__(self, folder, *flags, command=COMMAND, **environ):
         self.folder, self._ended = folder, None
         self._errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [sys.executable, NEXUS, "serve", "--port", "0"] + list(flags), cwd=folder,
+            command + ["serve", "--port", "0"] + list(flags), cwd=folder,
             env=clean_environment(folder, **environ), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=self._errors)
         line = self.process.stdout.readline()
@@ -291,9 +299,11 @@ class Process:
 
 
 def clean_environment(home, **more):
-    """An environment with a home of its own and without anybody's NEXUS_ settings."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("NEXUS_")}
-    environ.update(HOME=home, USERPROFILE=home, **more)
+    """An environment for COMMAND, with a home of its own and without anybody's NEXUS_ settings."""
+    environ = {name: value for name, value in os.environ.items()
+               if not name.startswith("NEXUS_") and name != "PYTHONDONTWRITEBYTECODE"}
+    environ.update(HOME=home, USERPROFILE=home, PYTHONPATH=FOLDER, PYTHONPYCACHEPREFIX=CACHE.name)
+    environ.update(more)
     return environ
 
 
@@ -304,7 +314,7 @@ def run_nexus(home, *words, input=None, url=None, timeout=60, **environ):
     """Run `nexus.py WORDS` with this home: a Ran, with stdout parsed where it is JSON."""
     if url:
         environ["NEXUS_URL"] = url
-    done = subprocess.run([sys.executable, NEXUS] + [str(word) for word in words], cwd=home,
+    done = subprocess.run(COMMAND + [str(word) for word in words], cwd=home,
                           input=None if input is None else input.encode("utf-8"),
                           stdin=subprocess.DEVNULL if input is None else None,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout,
@@ -564,6 +574,11 @@ class RedactTest(unittest.TestCase):
                 value = {"a": [text], "b " + text: 1}
                 self.assertIs(nexus.redact_json(value)[0], value)
 
+    def test_a_private_key_goes_whole_whatever_its_first_bytes_look_like(self):
+        parts = BEGIN + KEY + "-----", "AKIA" + "Q3Z7" * 4, MIX, END + KEY + "-----"
+        for gap in ("", "\n", "\\n"):
+            self.check(gap.join(parts), "[REDACTED:private-key]", "private-key")
+
     def test_types_are_sorted_and_unique(self):
         text = " ".join(token for _, token in reversed(TOKENS))
         self.assertEqual(nexus.redact(text)[1], sorted({kind for kind, _ in TOKENS}))
@@ -675,22 +690,23 @@ class LinearTest(unittest.TestCase):
              "SG." + "a" * 16 + "-",
              "token: a[", "password=a(", "x" * 9 + "=", "password :" + "\t" * 9, "é", "\n"]
 
-    def cost(self, text):
-        best = 99.0
-        for _ in range(3):
-            start = time.thread_time()          # of this thread: others may be busy as they like
-            nexus.redact(text, lambda key: False)
-            best = min(best, time.thread_time() - start)
-        return best
+    @staticmethod
+    def cost(text):
+        start = time.thread_time()      # of this thread: others may be busy as they like
+        nexus.redact(text, lambda key: False)
+        return time.thread_time() - start
 
     def test_hostile_input(self):
         everything = " ".join(token[:9] for _,
             token in TOKENS) + " ".join(s[1][-9:] for s in SHAPES)
         for unit in self.UNITS + [everything, everything.replace(" ", "")]:
-            with self.subTest(unit=unit[:20]):
-                short = (unit * 65536)[:65536]
+            short = (unit * 32768)[:32768]
+            for attempt in range(5):    # the best of as many as it takes
                 # Quadratic work takes 16 times as long; 0.02 is more than a tick on Windows.
-                self.assertLess(self.cost(short * 4), 9 * self.cost(short) + 0.02)
+                if self.cost(short * 4) < 9 * self.cost(short) + 0.02:
+                    break
+            else:
+                self.fail("not in linear time: %r" % unit[:20])
 
 
 # ----------------------------------------------------------------------------------------
@@ -703,6 +719,23 @@ class LinearTest(unittest.TestCase):
 TOKEN = "ghp_" + "a1B2" * 9             # put together here, so that no scanner takes us for a leak
 UNKNOWN = "0" * 48                      # a session id that was never given out
 LOST = "AMBER-AMBER-00000"              # a pairing code that was never given out
+
+
+@contextlib.contextmanager
+def one_commit(db):
+    """What is written meanwhile goes into one commit, at the end; yields queued(count)."""
+    begun, end = threading.Event(), threading.Event()
+
+    def hold(_):
+        begun.set()
+        end.wait(20)
+    leader = Started(db.write, hold)
+    begun.wait(10)
+    try:
+        yield lambda count: until(lambda: len(db._queue) == count)
+    finally:
+        end.set()
+        leader.result()
 
 
 def names(text):
@@ -1009,8 +1042,8 @@ class MessageTest(Door1Case):
         server = self.server(max_waiters=2, max_waiters_per_address=1, trust_proxy=True)
         sid, _ = server.session()
 
-        def poll(address):
-            return server.call("GET", "/v1/sessions/%s/messages?wait=60" % sid, agent="ada",
+        def poll(address, query="?wait=60"):
+            return server.call("GET", "/v1/sessions/%s/messages%s" % (sid, query), agent="ada",
                                headers={"X-Forwarded-For": address})
         waiting = []
         for address, refused in (("203.0.113.1", "203.0.113.1"), ("203.0.113.2", "203.0.113.3")):
@@ -1019,8 +1052,12 @@ class MessageTest(Door1Case):
             answer = poll(refused)
             self.expect(answer, 503, "server_busy")
             self.assertGreater(int(answer.headers["retry-after"]), 0)
-        server.send(sid, "ada", "x")
-        self.assertEqual([texts(each.result()) for each in waiting], [["x"], ["x"]])
+        for number in ("1", "2"):           # who was answered has its place again
+            server.send(sid, "ada", number)
+            self.assertEqual([each.result().json["nextCursor"] for each in waiting], [number] * 2)
+            waiting = [Started(poll, "203.0.113.%s" % n, "?after=%s&wait=60" % number)
+                       for n in "12"]
+            until(lambda: server.store.waiters.parked == 2)
 
 
 # ----------------------------------------------------------------------------------------
@@ -1238,6 +1275,17 @@ class PairingTest(Door1Case):
             self.expect(self.claim(code, address="203.0.113.9"), 200)
             self.s.clock.advance(60)
             self.assertEqual(self.state(code), "claimed")
+
+    def test_good_codes_cost_nothing_however_they_are_used(self):
+        with patched(nexus, "CODE_MISSES_PER_ADDRESS", 2), patched(nexus, "CODE_MISSES_IN_ALL", 2):
+            self.s = self.server()
+        self.sid, _ = self.s.session()
+        for number in range(4):
+            code = self.pair()["code"]
+            found = [self.s.call("GET", "/p/" + code), self.claim(code, "ada"),
+                     self.s.call("GET", "/v1/pair/%s/status" % code),
+                     self.claim(code, "guest-%d" % number)]
+            self.assertEqual([each.status for each in found], [200, 409, 200, 200])
 
     def test_wrong_codes_have_a_budget_over_all_addresses(self):
         misses, budget = self.s.store.sessions.misses, self.s.store.sessions.all_misses
@@ -1819,15 +1867,24 @@ class HostileTest(ServerCase):
             for byte in b"GET /health HTTP/1.0\r\n\r\n":
                 sock.sendall(bytes([byte]))
             self.assertTrue(sock.recv(999).startswith(b"HTTP/1.1 200 "))
-        with patched(nexus, "HEAD_SECONDS", 0.05), patched(nexus, "BODY_SECONDS", 0.05):
-            socks = [socket.create_connection(("127.0.0.1", self.s.port), 10) for _ in range(2)]
-            for sock, data in zip(socks, (b"GET /", self.put(b"", "Content-Length: 9"))):
-                sock.sendall(data)
-            time.sleep(0.1)
-            for sock in socks:
-                sock.sendall(b"x")
-                self.assertEqual(sock.recv(999), b"")
-                sock.close()
+        with patched(nexus, "HEAD_SECONDS", 0.1), patched(nexus, "BODY_SECONDS", 0.1):
+            for data, more in (
+                    (b"GET /", b"x"), (self.put(b"", "Content-Length: 9999"), b"x"),
+                    (self.put(b"", "Transfer-Encoding: chunked"), b"1\r\nx\r\n")):
+                with socket.create_connection(("127.0.0.1", self.s.port), 0.001) as sock:
+                    sock.sendall(data)
+                    until(lambda: self.cut_off(sock, more))
+
+    @staticmethod
+    def cut_off(sock, more):
+        """Send a bit more, long before the last bit's time is over: has the server enough?"""
+        try:
+            sock.sendall(more)
+            return sock.recv(99) == b""
+        except socket.timeout:
+            return False
+        except ConnectionError:
+            return True
 
     def test_clients_that_vanish_are_forgotten(self):
         sid, _ = self.s.session()
@@ -1905,6 +1962,23 @@ class AccessTest(Case):
             found = [token for token in ("one", "two", "# two", "fixed") if server.call(
                 "GET", "/v1/stats", headers={"X-Api-Key": token}).status == 200]
             self.assertEqual(found, accepted)
+
+    def test_secrets_are_compared_in_constant_time(self):
+        guarded, server, asked = self.server(token="s3cret"), self.server(), []
+        sid, keys = server.session(("ada", "bob"))
+        path, bob, compare = "/v1/sessions/" + sid, keys["bob"], hmac.compare_digest
+        held = server.client().messages.send("c", "x")["id"]
+        token = server.client().messages.lease("c", "w")[0]["leaseToken"]
+        for target, *call in (
+                (guarded, "GET", "/v1/stats", None, None, None, {"X-Api-Key": "s3cret"}),
+                (server, "POST", path + "/join", None, "bob", bob),
+                (server, "POST", path + "/messages", {"text": "x"}, "bob", bob),
+                (server, "DELETE", path + "/agents/bob", None, "bob", bob),
+                (server, "POST", "/api/messages/%d/ack" % held, {"leaseToken": token})):
+            asked.clear()
+            with patched(hmac, "compare_digest", lambda *two: asked.append(two) or compare(*two)):
+                self.assertLess(target.call(*call).status, 300)
+            self.assertTrue(asked, call)
 
     def test_a_limit_that_was_set_holds_for_everyone_else_loopback_is_spared(self):
         server = self.server(rate_limit=3)
@@ -2000,22 +2074,16 @@ class CommitTest(Case):
 
     def together(self, *jobs):
         """What becomes of jobs that all wait for the same commit."""
-        calls, queue, running = [], self.db._queue, threading.Event()
-
-        def hold(_):
-            running.set()
-            until(lambda: len(queue) == len(jobs))
         def outcome(job):
             try:
                 return self.db.write(job)
             except Exception as trouble:
                 return trouble
-        leader = Started(self.db.write, hold)
-        running.wait(10)
-        for job in jobs:
-            calls.append(Started(outcome, job))
-            until(lambda: len(queue) >= len(calls) or len(calls) == len(jobs))
-        leader.result()
+        calls = []
+        with one_commit(self.db) as queued:
+            for job in jobs:
+                calls.append(Started(outcome, job))
+                queued(len(calls))
         return [call.result() for call in calls]
 
     def numbers(self):
@@ -2043,6 +2111,21 @@ class CommitTest(Case):
         self.assertEqual((found, self.numbers()), ([1, refusal, 3], [1, 3]))
         self.assertRaises(nexus.NexusError, self.db.write, self.insert(5, refusal))
         self.assertEqual((self.numbers(), self.db.write(self.insert(6))), ([1, 3], 6))
+
+    def test_who_commits_for_others_is_relieved(self):
+        calls = []
+
+        def job(number):
+            def run(_):
+                if number == 99:
+                    return until(calls[0].done)         # whoever came first has gone home
+                calls.append(Started(self.db.write, job(number + 1)))
+                until(lambda: self.db._queue)           # there is always more to do
+            return run
+        calls.append(Started(self.db.write, job(0)))
+        until(lambda: len(calls) == 100, 30)
+        for call in calls:
+            call.result(30)
 
 
 class FileTest(Case):
@@ -2122,6 +2205,10 @@ class FileTest(Case):
                  for name in os.listdir(self.home)}
         self.assertGreaterEqual(set(modes), {"nexus.db", "nexus.db-wal", "nexus.db-shm"})
         self.assertEqual(set(modes.values()), {0o600}, modes)
+        server.stop()
+        os.chmod(self.path, 0o644)              # it was there before us, and open to all
+        self.server(db=self.path)
+        self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
 
     def test_a_full_disk_is_said_loses_nothing_and_is_recovered_from(self):
         server = self.server(db=self.path)
@@ -2171,6 +2258,29 @@ class FileTest(Case):
             server.sweep()
         everything = b"".join(self.files().values())
         self.assertEqual([each for each in traces if each in everything], [])
+
+    def test_whatever_is_deleted_leaves_the_log_too(self):
+        server = self.server(db=self.path)
+        sid, _ = server.session(ttl=100)
+        messages = server.client().messages
+        for way, seconds, put in (
+                ("ttl of a message", 10, lambda mark: messages.send("c", mark, ttl_seconds=10)),
+                ("gc", 0, lambda mark: messages.ack(messages.send("c", mark)["id"])),
+                ("end of a message", 100, lambda mark: server.send(sid, "ada", mark)),
+                ("end of a session", 10, lambda mark: server.session(ttl=10, greeting=mark))):
+            server.clock.advance(nexus.SCRUB_SECONDS)
+            server.sweep()                  # nothing is left to do from before
+            mark = "mark-" + os.urandom(8).hex()
+            put(mark)
+            server.clock.advance(seconds - 1 if seconds else 0)
+            server.poll(sid, "ada")         # this session goes on
+            server.clock.advance(1 if seconds else 0)
+            messages.gc(0)
+            for pause in (0, nexus.SCRUB_SECONDS):
+                server.clock.advance(pause)
+                server.sweep()
+            found = [name for name, data in self.files().items() if mark.encode() in data]
+            self.assertEqual(found, [], way)
 
 
 # ----------------------------------------------------------------------------------------
@@ -2428,17 +2538,6 @@ class ChannelInbox(ChannelCase):
         self.s.clock.advance(31)
         self.put()                          # a bell that brings nothing, after the end
         self.assertEqual(idle.result(), [])
-
-    def test_a_message_past_its_ttl_is_gone_for_every_call(self):
-        short, long = self.put(ttlSeconds=60), self.put(ttlSeconds=7200)
-        self.s.clock.advance(59)
-        self.assertEqual((self.ids(), self.count()), ([short["id"], long["id"]], 2))
-        self.s.clock.advance(2)
-        self.assertEqual((self.ids(), self.ids("?includeAcked=true"), self.count()),
-                         ([long["id"]], [long["id"]], 1))
-        self.assertEqual([m["id"] for m in self.lease(limit=9)], [long["id"]])
-        self.expect(self.act(short, "ack"), 404, "message_not_found")
-        self.assertEqual(self.ack_all(), 1)
 
     def test_sessions_and_channels_never_see_each_other(self):
         session, keys = self.s.session(("ada", "bob"), greeting="welcome")
@@ -2779,7 +2878,7 @@ class ChannelLease(ChannelCase):
 
     def test_eight_workers_that_die_at_random_do_everything_and_never_two_the_same(self):
         self.s = self.server(max_attempts=1000)
-        total, leases, acked = 200, [], {}
+        total, leases, acked = 100, [], {}
         for n in range(total):
             self.put(str(n))
 
@@ -3075,11 +3174,12 @@ class ClientPromises(ChannelCase):
         for name, args in (("claim", ("c", "a")), ("create", ()), ("leave", ("s", "a", "k")),
                            ("messages.lease", ("c", "w")), ("messages.ack", (1,)),
                            ("messages.ack_all", ("c",))):
-            for cut in (b"", b"HTTP/1.1 200 OK\r\n"):
-                server, target, sleeps = self.scripted(cut, http_answer(200, {}))
+            for first, code in ((b"", "unreachable"), (b"HTTP/1.1 200 OK\r\n", "unreachable"), (
+                    http_answer(500, {"error": "internal_error"}), "internal_error")):
+                server, target, sleeps = self.scripted(first, http_answer(200, {}))
                 for part in name.split("."):
                     target = getattr(target, part)
-                self.assertEqual(self.fails(target, *args).code, "unreachable", name)
+                self.assertEqual(self.fails(target, *args).code, code, name)
                 self.assertEqual((len(server.requests), sleeps), (1, []), name)
         with socket.create_server(("127.0.0.1", 0)) as free:
             url = "http://127.0.0.1:%d" % free.getsockname()[1]
@@ -3305,7 +3405,7 @@ class McpProcess:
     def __init__(self, url, home):
         self.answers, self._last = [], 0
         self.process = subprocess.Popen(
-            [sys.executable, NEXUS, "mcp", "--url", url], cwd=home, env=clean_environment(home),
+            COMMAND + ["mcp", "--url", url], cwd=home, env=clean_environment(home),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self._reader = Started(self._read)
 
@@ -3507,10 +3607,13 @@ class McpOverStdio(ServerCase):
     def test_when_the_input_ends_it_finishes_what_runs_and_ends_well(self):
         mcp, _ = self.other()
         session, _ = self.s.session()
-        number = mcp.start_tool("nexus_poll", sessionId=session, agentId="ada", wait=1)
+        number = mcp.start_tool("nexus_poll", sessionId=session, agentId="ada", wait=30)
         mcp.write(b'{"jsonrpc":"2.0","id":"half')
-        self.assertEqual(mcp.end(), 0)
-        self.assertEqual(mcp.text_of(number)["messages"], [])
+        end = Started(mcp.end)
+        mcp.answer(None)                    # the rest of the line will not come any more
+        self.s.send(session, "ada", "late")
+        self.assertEqual(end.result(), 0)
+        self.assertEqual(mcp.text_of(number)["messages"][0]["text"], "late")
         self.assertEqual(mcp.answer(None)["error"]["code"], -32700)
 
 
@@ -3716,7 +3819,8 @@ class Descriptions(ServerCase):
 DEAD_URL = "http://127.0.0.1:9"         # the discard port: nobody listens there
 GONE, SILENT = "aa" * 24, "bb" * 24     # ids of sessions that no server knows
 BASH = shutil.which("bash")
-IN_BASH = 'nexus.py() { "$PYTHON" "$NEXUS" "$@"; }\ntx() { nexus.py tx "$@"; }\n'
+IN_BASH = 'nexus.py() { "$PYTHON" %s "$@"; }\ntx() { nexus.py tx "$@"; }\n' % " ".join(
+    nexus.shlex.quote(word) for word in COMMAND[1:])
 
 
 class Stream(io.TextIOWrapper):
@@ -4105,7 +4209,7 @@ class LocalState(CliCase):
             for out in (broken, os.open("/dev/full", os.O_WRONLY)):
                 with self.subTest(words=words, full=out != broken):
                     done = subprocess.run(
-                        [sys.executable, NEXUS] + words, env=clean_environment(self.home),
+                        COMMAND + words, env=clean_environment(self.home),
                         stdout=out, stderr=subprocess.PIPE, timeout=60)
                     os.close(out)
                     self.assertEqual(done.returncode, 1)
@@ -4470,8 +4574,7 @@ class ChannelVerbs(CliCase):
         for content in ("one", "two"):
             client.send("shared-work", content)
             client.send("worker-7", content)
-        environ = clean_environment(self.home, NEXUS_URL=self.s.url, PYTHON=sys.executable,
-                                    NEXUS=NEXUS)
+        environ = clean_environment(self.home, NEXUS_URL=self.s.url, PYTHON=sys.executable)
         running = [(subprocess.Popen([BASH, "-c", IN_BASH + script], env=environ,
                                      stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                      stderr=subprocess.PIPE), pattern) for script, pattern in (
@@ -4547,7 +4650,7 @@ class WorkByVerb(CliCase):
         self.text("reply", question["id"], "ready \u2603")
         done = subprocess.run([BASH, "-c", IN_BASH + ran.json["resume"]], cwd=self.home,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
-                              env=clean_environment(self.home, PYTHON=sys.executable, NEXUS=NEXUS))
+                              env=clean_environment(self.home, PYTHON=sys.executable))
         self.assertEqual((done.returncode, done.stdout.decode()), (0, "ready \u2603\n"),
                          done.stderr)
         self.assertEqual(os.listdir(self.home), [])
@@ -4568,7 +4671,7 @@ class VerbProcesses(CliCase):
 
     def start(self, *words, stdin=subprocess.DEVNULL, **environ):
         process = subprocess.Popen(
-            [sys.executable, NEXUS] + list(words), stdin=stdin, stdout=subprocess.PIPE,
+            COMMAND + list(words), stdin=stdin, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, env=clean_environment(self.home, NEXUS_URL=self.s.url,
                                                           **environ))
         self.addCleanup(process.communicate)
@@ -4585,12 +4688,8 @@ class VerbProcesses(CliCase):
         short.stdin.write(b"y\n")
         short.stdin.flush()
         wanted = {daemon.pid: sids[0], heart.pid: sids[1], short.pid: sids[2]}
-        for _ in range(500):                    # ten seconds at the most, until all three poll
-            found = self.ok("poll-status")["polling"]
-            if len(found) == 3:
-                break
-            time.sleep(0.02)
-        self.assertEqual({row["pid"]: row["session"] for row in found}, wanted)
+        until(lambda: {row["pid"]: row["session"]
+                       for row in self.ok("poll-status")["polling"]} == wanted)
         for process, sid, fields in ((daemon, sids[0], {"messages", "nextCursor", "members"}),
                                      (heart, sids[1], {"messages", "nextCursor"})):
             waits = []
@@ -4677,9 +4776,9 @@ class VerbProcesses(CliCase):
 class ServeCase(Case):
     """A test that starts and ends servers."""
 
-    def begin(self, *flags, folder=None, **environ):
+    def begin(self, *flags, folder=None, **more):
         """A server process that the test ends itself, with end()."""
-        process = Process(folder or self.folder(), *flags, **environ)
+        process = Process(folder or self.folder(), *flags, **more)
         self.addCleanup(process.process.kill)
         self.assertIsNotNone(process.url)
         return process
@@ -4710,25 +4809,18 @@ class ServeProcess(ServeCase):
 
     @unittest.skipUnless(os.name == "posix", "signals end a process on Windows")
     def test_a_signal_finishes_what_is_under_way_within_two_seconds(self):
-        for how in (signal.SIGTERM, signal.SIGINT):
+        for how, command in ((signal.SIGTERM, SCRIPT), (signal.SIGINT, COMMAND)):
             folder = self.folder()
-            process = self.begin(folder=folder)
+            process = self.begin(folder=folder, command=command)
             client = nexus.Client(process.url)
             sid = client.create(creator_agent_id="ada")["sessionId"]
             client.messages.send("c", "kept for good")
-            answers = []
-            thread = threading.Thread(target=lambda: answers.append(
-                nexus.Client(process.url).poll(sid, "ada", wait=60)))
-            thread.start()
-            for _ in range(500):                # ten seconds at the most, until it is parked
-                if client.stats()["waiters"]:
-                    break
-                time.sleep(0.02)
+            waiting = Started(nexus.Client(process.url).poll, sid, "ada", wait=60)
+            until(lambda: client.stats()["waiters"])
             began = time.monotonic()
             self.end(process, how)
             self.assertLess(time.monotonic() - began, 2)
-            thread.join(5)
-            self.assertEqual([answer["messages"] for answer in answers], [[]])
+            self.assertEqual(waiting.result()["messages"], [])
             self.assertEqual(os.listdir(folder), ["nexus.db"])          # no WAL, no lock
             path = os.path.join(folder, "nexus.db")
             self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
@@ -5030,6 +5122,11 @@ class PosixTakenAway(Case):
 # ----------------------------------------------------------------------------------------
 
 
+# A script that is called nexus.py runs as COMMAND does.
+PYTHON3 = """python3() { if [ "$1" = nexus.py ]; then "$@"; else "$PYTHON" "$@"; fi; }
+"""
+
+
 class ReadmeTellsTheTruth(Case):
     """README.md, run.
 
@@ -5071,7 +5168,7 @@ class ReadmeTellsTheTruth(Case):
         shutil.copy(NEXUS, folder)
         server = self.process(folder=folder)
         environ = clean_environment(os.path.join(folder, "home"), NEXUS_URL=server.url,
-                                    PYTHON=sys.executable, NEXUS="nexus.py")
+                                    PYTHON=sys.executable)
         os.mkdir(environ["HOME"])
         for reason, script in self.BLOCK.findall(self.text):
             with self.subTest(script):
@@ -5084,7 +5181,7 @@ class ReadmeTellsTheTruth(Case):
                 script = self.ELSEWHERE.sub(self.checked, script)
                 script = script.replace("3456", str(server.port))
                 done = subprocess.run(
-                    [BASH, "-ec", IN_BASH + 'python3() { "$PYTHON" "$@"; }\n' + script],
+                    [BASH, "-ec", IN_BASH + PYTHON3 + script],
                     cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE, timeout=60)
                 self.assertEqual(done.returncode, 0, done)
@@ -5520,25 +5617,18 @@ class FoundByAttack(Case):
         self.assertEqual(sessions.code_state(code, good), "pending")
 
     def test_wrong_codes_tried_at_once_are_counted_before_they_are_answered(self):
-        server, found = self.server(), []
-        threads = [threading.Thread(target=lambda: found.append(server.call(
-            "GET", "/v1/pair/PEARL-FOCAL-00000/status").status)) for _ in range(60)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        server = self.server()
+        calls = [Started(server.call, "GET", "/v1/pair/PEARL-FOCAL-00000/status")
+                 for _ in range(60)]
+        found = [call.result().status for call in calls]
         self.assertEqual((found.count(404), found.count(429)), (nexus.CODE_MISSES_PER_ADDRESS, 40))
 
     def test_good_codes_at_once_use_up_no_budget(self):
-        server, found = self.server(), []
+        server = self.server()
         codes = [server.store.sessions.pair(server.session()[0])[0] for _ in range(50)]
-        threads = [threading.Thread(target=lambda code=code: found.append(server.call(
-            "POST", "/v1/pair/%s/claim" % code, agent="bob").status)) for code in codes]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(found, [200] * 50)
+        calls = [Started(server.call, "POST", "/v1/pair/%s/claim" % code, agent="bob")
+                 for code in codes]
+        self.assertEqual([call.result().status for call in calls], [200] * 50)
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "there is no /dev/full here")
     def test_a_log_that_cannot_be_written_stops_nothing(self):
@@ -5556,7 +5646,7 @@ class FoundByAttack(Case):
         folder = self.folder()
         with open(os.path.join(folder, "secrets.py"), "w") as file:
             file.write("raise SystemExit('imported')\n")
-        server = self.process("--db", ":memory:", folder=folder)
+        server = self.process("--db", ":memory:", folder=folder, command=SCRIPT)
         self.assertEqual(len(nexus.Client(server.url).create()["sessionId"]), 48)
 
     def test_a_database_with_a_second_name_is_refused(self):
@@ -5581,18 +5671,6 @@ class FoundByAttack(Case):
         self.expect(server.call("POST", "/api/messages", {"channel": "c", "content": "x"}), 503,
                     "storage_unavailable")
         self.assertFalse(os.path.exists(path))
-
-    def test_content_that_gc_removed_leaves_the_wal_too(self):
-        path = os.path.join(self.folder(), "x.db")
-        server, mark = self.server(db=path), "mark-" + os.urandom(8).hex()
-        client = server.client()
-        client.messages.ack(client.messages.send("c", mark)["id"])
-        self.assertEqual(client.messages.gc(acked_older_than_hours=0)["acked"], 1)
-        server.clock.advance(nexus.SCRUB_SECONDS + 1)
-        server.sweep()
-        for end in ("", "-wal"):
-            with open(path + end, "rb") as file:
-                self.assertNotIn(mark.encode(), file.read())
 
     def test_a_scrub_that_failed_is_tried_again(self):
         server = self.server(db=os.path.join(self.folder(), "x.db"))
@@ -5635,7 +5713,7 @@ class FoundByAttack(Case):
         server = self.server()
         messages, size = server.client().messages, nexus.ANSWER_BYTES // 4
         for _ in range(8):
-            messages.send("jobs", "x" * size)
+            messages.send("jobs", "x " * (size // 2))
         self.assertLess(len(messages.lease("jobs", "w", limit=8)), 6)
 
     def test_an_abandoned_question_ends_with_its_asker(self):
@@ -5658,6 +5736,224 @@ class FoundByAttack(Case):
         answers = server.raw(pipelined, half_close=True)
         self.assertEqual(re.findall(rb"HTTP/1.1 (\d+)", answers), [b"201", b"200"] * 3)
         self.assertEqual(re.findall(rb'"content":"(\d)"', answers), [b"1", b"2", b"3"])
+
+
+# ----------------------------------------------------------------------------------------
+# Between two steps
+#
+# What one request alone cannot show: something happens while another thread is in the middle of
+# its work. Each such moment is brought about, none is hoped for.
+# ----------------------------------------------------------------------------------------
+
+
+class BetweenSteps(Case):
+    """Two threads at one moment, and clients that stop in the middle."""
+
+    def test_what_is_sent_while_a_waiter_looks_is_never_missed(self):
+        server = self.server()
+        sid, _ = server.session(ttl=3000)
+        inbox = "/api/messages/inbox/"
+
+        def post(channel):
+            return server.call("POST", "/api/messages", {
+                "channel": channel, "content": "x", "sender": "ada"}).json["id"]
+        for number, (steps, look) in enumerate((    # so many reads, then it sleeps
+                (1, lambda channel: server.call("GET", inbox + channel + "?wait=60")),
+                (2, lambda channel: server.call("GET", inbox + channel + "?wait=60&sender=ada")),
+                (2, lambda channel: server.call("POST", inbox + channel + "/lease",
+                                                {"consumer": "w", "wait": 60})))):
+            for step in range(steps):
+                channel, sent = "c%d%d" % (number, step), []
+                with between(server.store.db, "read", lambda: sent.append(post(channel)),
+                             skip=step):
+                    found = Started(look, channel).result().json["messages"]
+                self.assertEqual([message["id"] for message in found], sent)
+        for step in range(2):
+            with between(server.store.db, "read", lambda: server.send(sid, "ada", "x"), skip=step):
+                found = Started(server.poll, sid, "ada", "?after=%d&wait=60" % step).result()
+            self.assertEqual(found.json["nextCursor"], str(step + 1))
+
+    def deaf(self, server):
+        """A connection that takes hardly a byte before the client reads."""
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            server.server.socket.setsockopt(socket.SOL_SOCKET, option, 4096)
+        sock = socket.socket()
+        self.addCleanup(sock.close)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(10)
+        sock.connect(("127.0.0.1", server.port))
+        return sock
+
+    def test_who_does_not_read_the_own_answer_holds_up_nobody_else(self):
+        server = self.server(db=os.path.join(self.folder(), "n.db"))
+        body = json.dumps({"channel": "c", "content": "x " * 300000}).encode()
+        sock = self.deaf(server)
+        with one_commit(server.store.db) as queued:
+            Started(sock.sendall, get("/api/messages", "Content-Length: %d" % len(body)).replace(
+                b"GET", b"POST", 1) + body)
+            queued(1)
+            other = Started(server.call, "POST", "/api/messages", {"channel": "c", "content": "y"})
+            queued(2)
+        self.assertEqual(other.result().status, 201)
+        sock.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+        self.assertEqual(json.loads(answer.partition(b"\r\n\r\n")[2].decode())["id"], 1)
+
+    def test_nothing_follows_half_an_answer(self):
+        server = self.server()
+        server.client().messages.send("c", "x " * 300000)
+        sock = self.deaf(server)
+        until(lambda: server.server.connections)
+        with patched(nexus, "BODY_SECONDS", 0), patched(nexus, "SLOWEST_CLIENT", 1 << 60):
+            sock.sendall(get("/api/messages/inbox/c") + get("/health"))
+            until(lambda: not server.server.connections)
+        with contextlib.suppress(ConnectionError):
+            found = b"".join(iter(lambda: sock.recv(65536), b""))
+            self.assertTrue(found.startswith(b"HTTP/1.1 200 ") and len(found) < 600000)
+            self.assertNotIn(b"healthy", found)
+
+    def test_what_was_taken_back_or_has_ended_counts_for_no_quota(self):
+        for setting, limit in (("max_channel_messages", 2), ("max_channel_bytes", 1300),
+                               ("max_session_messages", 2), ("max_session_bytes", 1024)):
+            server = self.server(**{setting: limit})
+            sid, _ = server.session(ttl=10)
+
+            def send():
+                if "session" in setting:
+                    return server.send(sid, "ada", "x" * 400).status
+                return server.call("POST", "/api/messages", {
+                    "channel": "c", "content": "x" * 400, "ttlSeconds": 10}).status
+
+            def fail(_):
+                raise ZeroDivisionError
+            with one_commit(server.store.db) as queued:     # taken back, then each on its own
+                first = Started(send)
+                queued(1)
+                failing = Started(server.store.db.write, fail)
+                queued(2)
+            self.assertRaises(ZeroDivisionError, failing.result)
+            self.assertEqual([first.result(), send(), send()], [201, 201, 429], setting)
+            server.clock.advance(5)
+            server.poll(sid, "ada")
+            server.clock.advance(5)
+            server.sweep()
+            self.assertEqual([send() for _ in range(3)], [201, 201, 429], setting)
+
+    def test_an_activity_noted_during_a_sweep_is_not_lost(self):
+        server = self.server()
+        sid, _ = server.session(ttl=10)
+
+        def poll():
+            server.clock.advance(5)
+            self.expect(server.poll(sid, "ada"), 200)       # at 14 s: it lives until 24
+            server.clock.advance(2)                         # and what is written down is over
+        server.clock.advance(5)
+        server.poll(sid, "ada")
+        server.clock.advance(4)
+        with between(server.store.db, "write", poll):
+            server.sweep()
+        self.expect(server.call("GET", "/v1/sessions/" + sid), 200)
+        server.sweep()
+        server.clock.advance(7.999)
+        server.sweep()
+        seen = server.call("GET", "/v1/sessions/" + sid)
+        self.expect(seen, 200)
+        server.clock.advance(0.001)
+        self.expect(server.call("GET", "/v1/sessions/" + sid), 404, "session_not_found")
+        self.assertEqual(server.sweep(), 1)
+
+    def test_what_was_noted_in_memory_is_written_down_at_the_end(self):
+        path = os.path.join(self.folder(), "n.db")
+        server = self.server(db=path)
+        sid, _ = server.session(ttl=100)
+        server.clock.advance(60)
+        server.poll(sid, "ada")
+        server.stop()
+        server = self.server(db=path, clock=server.clock)
+        server.clock.advance(99)
+        member, = server.poll(sid, "ada", "?members=true").json["members"]
+        self.assertEqual(when(member["lastSeenAt"]), server.clock.now())
+        server.stop()
+        server = self.server(db=path, clock=server.clock)
+        self.assertEqual(server.store.db.read("SELECT last_seen FROM agents"),
+                         [(server.clock.now(),)])
+
+
+class Ends(ChannelCase):
+    """A thing is there until the last millisecond of its time, and not at the end itself."""
+
+    def check(self, seconds, make, *looks):
+        """look(make()) is true one millisecond before the end, and at the end it is not."""
+        for number, look in enumerate(looks):
+            for early in (0.001, 0):
+                made = make()
+                self.s.clock.advance(seconds - early)
+                with self.subTest(number=number, early=early):
+                    self.assertEqual(bool(look(made)), early > 0)
+
+    def good(self, method, path, body=None, agent=None):
+        """A function of a path's beginning: does this call there succeed?"""
+        return lambda begin: self.s.call(method, begin + path, body, agent).status < 300
+
+    def test_sessions_their_messages_and_codes(self):
+        def sent():
+            sid, _ = self.s.session(ttl=10)
+            self.s.send(sid, "ada", "x")
+            self.s.clock.advance(5)
+            self.s.poll(sid, "ada")             # the session goes on
+            return sid
+
+        def invited():
+            sid, _ = self.s.session(ttl=3000)
+            return "/v1/pair/" + self.s.call("PUT", "/v1/pair", {"sessionId": sid}).json["code"]
+        self.check(10, lambda: "/v1/sessions/" + self.s.session(ttl=10)[0], self.good("GET", ""),
+                   self.good("GET", "/messages", None, "ada"),
+                   self.good("POST", "/renew", {}, "ada"), self.good("POST", "/join", None, "eve"),
+                   self.good("POST", "/messages", {"text": "x"}, "ada"))
+        self.check(5, sent, lambda sid: self.s.poll(sid, "ada").json["messages"])
+        self.check(600, invited, self.good("POST", "/claim", None, "bob"),
+                   self.good("GET", "/skill"),
+                   lambda path: "pending" in self.s.call("GET", path + "/status").text)
+
+        def present(sid):
+            self.s.sweep()
+            return self.s.poll(sid, "bob").status == 200
+        with patched(self.s.settings, "agent_inactivity", 10):
+            self.check(10, lambda: self.s.session(("ada", "bob"), ttl=3000)[0], present)
+
+    def test_messages_leases_and_the_dead(self):
+        def leased():
+            self.ack_all()
+            self.put()
+            return self.lease(leaseSeconds=10)[0]
+
+        def act(action, **body):
+            return lambda row: self.act(row, action, **body).status < 300
+
+        def act_with_token(action, **body):
+            return lambda row: act(action, leaseToken=row["leaseToken"], **body)(row)
+        self.check(10, lambda: self.put(ttlSeconds=10), lambda row: row in self.read(),
+                   lambda row: row in self.read("?includeAcked=true"), lambda row: self.count(),
+                   lambda row: self.ack_all(), lambda row: self.lease(), act("ack"), act("revive"),
+                   act("reply", content="x"))
+        gc = self.s.client().messages.gc
+        self.check(10, lambda: gc() and self.put(ttlSeconds=10), lambda row: not gc()["expired"])
+        self.check(10, leased, lambda row: not self.lease(), act_with_token("ack"),
+                   act_with_token("release"), act_with_token("extend", leaseSeconds=9),
+                   act_with_token("reply", content="x"),
+                   lambda row: "leaseToken" in self.acted(row, "revive"))
+        with patched(self.s.settings, "max_attempts", 1):
+            self.check(10, leased, lambda row: not self.read(action="/dead"))
+
+    def test_budgets(self):
+        clock = TestClock()
+        with patched(clock, "monotonic", lambda: clock.now() / 1000):
+            budget = nexus.Budget(1, 60, clock)
+            self.assertEqual((budget.spend("a"), budget.spend("a"), budget.spend("b")), (0, 60, 0))
+            clock.advance(59.999)
+            self.assertAlmostEqual(budget.spend("a"), 0.001, 4)
+            clock.advance(0.001)
+            self.assertEqual((budget.spend("a"), budget.spend("a")), (0, 60))
 
 
 # ----------------------------------------------------------------------------------------
