@@ -14,6 +14,7 @@ import base64
 import bisect
 import collections
 import contextlib
+import gc
 import hashlib
 import hmac
 import http.client
@@ -40,6 +41,7 @@ import tempfile
 import threading
 import time
 import unittest
+import warnings
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, FOLDER)
@@ -305,6 +307,15 @@ def clean_environment(home, **more):
     environ.update(HOME=home, USERPROFILE=home, PYTHONPATH=FOLDER, PYTHONPYCACHEPREFIX=CACHE.name)
     environ.update(more)
     return environ
+
+
+def make_certificate(folder):
+    """(file of a certificate for 127.0.0.1, file of its key), made by openssl."""
+    cert, key = (os.path.join(folder, name) for name in ("cert.pem", "key.pem"))
+    subprocess.run(("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+                    " -days 2 -subj /CN=nexus -addext subjectAltName=IP:127.0.0.1").split()
+                   + ["-keyout", key, "-out", cert], check=True, stderr=subprocess.PIPE)
+    return cert, key
 
 
 Ran = collections.namedtuple("Ran", "code out err json")
@@ -965,7 +976,7 @@ class MessageTest(Door1Case):
     def test_cursors_start_at_the_greeting_and_have_no_gaps(self):
         sid, _ = self.s.session(greeting="Hello")
         found = self.s.poll(sid, "ada").json
-        self.assertEqual(set(found), names("messages nextCursor"))
+        self.assertEqual(set(found), names("messages nextCursor more"))
         self.assertEqual(set(found["messages"][0]), names(
             "id agentId text cursor verified createdAt expiresAt"))
         self.assertEqual([found["messages"][0][name] for name in ("agentId", "text", "cursor")],
@@ -982,7 +993,8 @@ class MessageTest(Door1Case):
                 ("?limit=1000&wait=0&members=false&unknown=1", ["Hello", "1", "2", "3"], "3")):
             answer = self.s.poll(sid, "ada", query)
             self.assertEqual((texts(answer), answer.json["nextCursor"]), (found, following), query)
-        self.assertEqual(self.s.poll(self.sid, "ada").json, {"messages": [], "nextCursor": "0"})
+        self.assertEqual(self.s.poll(self.sid, "ada").json,
+                         {"messages": [], "nextCursor": "0", "more": False})
 
     def test_concurrent_sends_get_every_cursor_once(self):
         calls = [Started(self.s.send, self.sid, "ada", str(n)) for n in range(20)]
@@ -1017,7 +1029,7 @@ class MessageTest(Door1Case):
     def test_wait_ends_with_an_empty_list(self):
         began = time.monotonic()
         found = self.s.store.sessions.poll(self.sid, "bob", 5, 10, 0.1, False, None)
-        self.assertEqual(found, {"messages": [], "nextCursor": "5"})
+        self.assertEqual(found, {"messages": [], "nextCursor": "5", "more": False})
         self.assertGreaterEqual(time.monotonic() - began, 0.09)
 
     def test_a_client_that_hangs_up_frees_its_place(self):
@@ -1036,7 +1048,8 @@ class MessageTest(Door1Case):
         waiting = Started(server.poll, sid, "ada", "?after=3&wait=60")
         until(lambda: server.store.waiters.parked)
         server.stop()
-        self.assertEqual(waiting.result().json, {"messages": [], "nextCursor": "3"})
+        self.assertEqual(waiting.result().json,
+                         {"messages": [], "nextCursor": "3", "more": False})
 
     def test_places_to_wait_are_limited_in_all_and_per_address(self):
         server = self.server(max_waiters=2, max_waiters_per_address=1, trust_proxy=True)
@@ -1098,7 +1111,7 @@ class LifetimeTest(Case):
         self.assertEqual(texts(self.s.poll(sid, "ada")), ["Hello", "two"])
         self.s.clock.advance(60)
         self.assertEqual(self.s.poll(sid, "ada", "?after=0").json,
-                         {"messages": [], "nextCursor": "0"})
+                         {"messages": [], "nextCursor": "0", "more": False})
         self.assertEqual(self.s.send(sid, "ada", "three").json["cursor"], "3")
 
     def test_what_is_over_is_invisible_at_once_and_deleted_by_the_sweep(self):
@@ -2021,16 +2034,20 @@ class AccessTest(Case):
                     ("https://nexus.example", False, "reached"),
                     ("http://127.0.0.1:1", False, "reached")):
                 self.fails(code, nexus.Client(url, token="t", insecure=insecure).stats)
-                self.fails(code, nexus.Client(url, insecure=insecure).send, UNKNOWN, "ada", "x",
-                           session_key="k")
+                client = nexus.Client(url, insecure=insecure)
+                self.fails(code, client.send, UNKNOWN, "ada", "x", session_key="k")
+                for method, args in ((client.create, ()), (client.join, (UNKNOWN, "ada")),
+                                     (client.claim, ("c", "ada"))):     # a key comes back
+                    self.fails(code, method, *args)
+                for method, args in ((client.status, (UNKNOWN,)), (client.pair, (UNKNOWN,)),
+                                     (client.messages.lease, ("c", "w")),
+                                     (client.send, (UNKNOWN, "ada", "x"))):
+                    self.fails("reached", method, *args)
 
     def test_over_tls_a_client_trusts_its_authority_or_its_pin_and_nobody_else(self):
         if not shutil.which("openssl"):
             self.skipTest("openssl is not here")
-        cert, key = (os.path.join(self.folder(), name) for name in ("cert.pem", "key.pem"))
-        subprocess.run(("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
-                        " -days 2 -subj /CN=nexus -addext subjectAltName=IP:127.0.0.1").split()
-                       + ["-keyout", key, "-out", cert], check=True, stderr=subprocess.PIPE)
+        cert, key = make_certificate(self.folder())
         server = self.server(tls_cert=cert, tls_key=key)
         with open(cert, encoding="ascii") as file:
             pin = hashlib.sha256(nexus.ssl.PEM_cert_to_DER_cert(file.read())).hexdigest()
@@ -2038,8 +2055,15 @@ class AccessTest(Case):
         for options in ({"ca": cert}, {"pin": pin}, {"pin": colons}):
             client = server.client(**options)
             self.assertEqual(client.health()["status"], "healthy")
-        for options in ({}, {"pin": "0" * 64}, {"ca": "/no/such/file.pem"}):
-            self.fails("wrong_certificate", server.client(sleep=lambda _: None, **options).health)
+        with warnings.catch_warnings(record=True) as leaks:
+            warnings.simplefilter("always")     # a socket that is not closed
+            for options in ({}, {"pin": "0" * 64}, {"ca": "/no/such/file.pem"}):
+                self.fails("wrong_certificate", server.client(sleep=lambda _: None,
+                                                              **options).health)
+            client.health()
+            self.server().client().health()
+            gc.collect()
+        self.assertEqual([str(leak.message) for leak in leaks], [])
         self.assertNotIn(b" 200 ", server.raw(get("/health")))
         made = client.create(creator_agent_id="ada")
         waiting = Started(client.poll, made["sessionId"], "ada", wait=60)
@@ -2092,7 +2116,7 @@ class CommitTest(Case):
     def test_writes_that_wait_together_share_a_commit(self):
         before = self.db.commits
         self.assertEqual(self.together(*map(self.insert, range(10))), list(range(10)))
-        self.assertEqual((self.db.commits - before, self.numbers()), (2, list(range(10))))
+        self.assertEqual((self.db.commits - before, self.numbers()), (1, list(range(10))))
         with patched(nexus, "MAX_BATCH", 4):
             self.assertEqual(self.together(*map(self.insert, range(10, 20))), list(range(10, 20)))
 
@@ -2284,6 +2308,957 @@ class FileTest(Case):
 
 
 # ----------------------------------------------------------------------------------------
+# The disk
+#
+# Files that others could read or have put there, disks that are full, lie about a sync or lose a
+# file, readers that never end, backups that are cut off: every promise of the store holds.
+# ----------------------------------------------------------------------------------------
+
+MODES = os.name == "posix"
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n"
+
+
+class DiskCase(Case):
+    """A test with a folder, self.home, and a database's name in it, self.path."""
+
+    def setUp(self):
+        self.home = self.folder()
+        self.path = os.path.join(self.home, "x.db")
+
+    def send(self, server, content="x"):
+        """The status of one send to the channel c."""
+        return server.call("POST", "/api/messages", {"channel": "c", "content": content}).status
+
+    def filled(self, *contents):
+        """The path of a database of ours, closed, with these messages."""
+        with Server(db=self.path) as server:
+            for content in contents:
+                self.assertEqual(self.send(server, content), 201)
+        return self.path
+
+    def contents(self, path=None):
+        """What a server on the database finds in the channel c."""
+        with Server(db=path or self.path) as server:
+            return [row["content"] for row in server.client().messages.inbox("c")]
+
+    def modes(self):
+        return {name: oct(os.stat(os.path.join(self.home, name)).st_mode & 0o777)
+                for name in os.listdir(self.home)}
+
+    def refused(self, path=None):
+        """The sentence with which a server on this file is refused."""
+        with self.assertRaises(nexus.NexusError) as caught:
+            Server(db=path or self.path)
+        self.assertEqual(caught.exception.code, "storage_unavailable")
+        return caught.exception.message
+
+    def written(self, name, content=b""):
+        """Write a file into the folder; its path."""
+        path = os.path.join(self.home, name)
+        with open(path, "wb") as file:
+            file.write(content)
+        return path
+
+    def read(self, path):
+        with open(path, "rb") as file:
+            return file.read()
+
+
+@unittest.skipUnless(MODES, "Windows has neither modes nor links for everybody")
+class PrivateFiles(DiskCase):
+
+    def crashed(self):
+        """A database whose server was killed: its log is still there. All are open to others."""
+        with Server(db=self.path) as server:
+            self.send(server, "in the log")
+            for name in ("x.db", "x.db-wal"):
+                shutil.copy(os.path.join(self.home, name), os.path.join(self.home, "y" + name[1:]))
+        os.unlink(self.path)
+        self.path = os.path.join(self.home, "y.db")
+        for name in os.listdir(self.home):
+            os.chmod(os.path.join(self.home, name), 0o644)
+
+    def test_what_others_could_read_is_closed_to_them_before_sqlite_opens_it(self):
+        self.crashed()
+        seen = []
+        with between(sqlite3, "connect", lambda: seen.append(self.modes()), before=True):
+            server = self.server(db=self.path)
+        self.assertEqual(seen, [dict.fromkeys(("y.db", "y.db-wal", "y.db.lock"), "0o600")])
+        self.assertEqual(set(self.modes().values()), {"0o600"})
+        self.assertEqual([row["content"] for row in server.client().messages.inbox("c")],
+                         ["in the log"])
+
+    def test_an_old_lock_an_empty_file_and_a_database_without_tables_become_private_too(self):
+        for script in ("", "VACUUM; PRAGMA user_version=0;"):
+            sqlite3.connect(self.written("x.db")).executescript(script).connection.close()
+            self.written("x.db.lock", b"77\n")
+            for name in os.listdir(self.home):
+                os.chmod(os.path.join(self.home, name), 0o666)
+            seen = []
+            with between(sqlite3, "connect", lambda: seen.append(self.modes()), before=True):
+                server = self.server(db=self.path)
+            self.assertEqual(seen[0]["x.db.lock"], "0o600")
+            self.assertEqual(seen[0]["x.db"], "0o666" if script else "0o600")   # is it ours?
+            self.assertEqual(self.send(server), 201)
+            self.assertEqual(set(self.modes().values()), {"0o600"})
+            server.stop()
+
+    def test_the_file_of_another_program_stays_as_it_is(self):
+        with contextlib.closing(sqlite3.connect(self.path)) as other:
+            other.executescript("CREATE TABLE customers (name); PRAGMA journal_mode=WAL;")
+            other.execute("INSERT INTO customers VALUES ('ada')")
+            other.commit()
+            for name in os.listdir(self.home):
+                os.chmod(os.path.join(self.home, name), 0o644)
+            self.assertIn("another program", self.refused())
+            self.assertEqual(self.modes(), dict.fromkeys(("x.db", "x.db-wal", "x.db-shm"), "0o644"))
+
+    def test_no_link_is_followed_where_we_create_something(self):
+        victim = self.written("victim", b"precious")
+        lock = self.path + ".lock"
+        for make in (os.symlink, os.link):
+            make(victim, lock)
+            self.assertIn(lock, self.refused())
+            os.unlink(lock)
+        os.symlink(os.path.join(self.home, "nowhere"), self.path)
+        self.assertIn("No such file", self.refused())
+        os.unlink(self.path)
+        os.symlink(self.written("empty"), self.path)
+        self.assertIn("symbolic link", self.refused())
+        os.unlink(self.path)
+        os.symlink(victim, self.filled("x") + "-wal")
+        self.assertIn(self.path + "-wal", self.refused())
+        self.assertEqual((self.read(victim), os.path.exists(os.path.join(self.home, "nowhere")),
+                          self.read(os.path.join(self.home, "empty"))), (b"precious", False, b""))
+
+    def test_a_link_to_a_database_of_ours_is_that_database(self):
+        link = os.path.join(self.home, "link.db")
+        os.symlink(self.filled("here"), link)
+        self.assertEqual(self.contents(link), ["here"])
+        self.assertFalse(os.path.exists(link + ".lock"))
+
+    def test_a_lock_whose_file_its_owner_has_just_removed_is_made_anew(self):
+        first = nexus.FileLock(self.path)
+        with between(os, "fstat", first.release):       # after the second one opened the same file
+            second = nexus.FileLock(self.path)
+        self.assertTrue(second.held())
+        with self.assertRaises(nexus.NexusError):
+            nexus.FileLock(self.path)
+        second.release()
+        self.assertEqual(os.listdir(self.home), [])
+
+    def test_a_file_that_is_no_lock_is_not_emptied(self):
+        lock = self.written("x.db.lock", b"{'packages': %d}" % 10 ** 30)
+        self.assertIn("no lock of nexus", self.refused())
+        self.assertEqual(len(self.read(lock)), 45)
+
+    @unittest.skipUnless(MODES and os.geteuid() == 0, "only root can give files away")
+    def test_a_log_that_somebody_else_has_put_there_is_refused(self):
+        wal = self.filled("x") + "-wal"
+        self.written("x.db-wal")
+        os.chown(wal, 12345, 12345)
+        self.assertIn("somebody else's", self.refused())
+
+    def test_create_private_takes_no_name_that_is_taken(self):
+        self.addCleanup(os.umask, os.umask(0))
+        os.close(nexus.create_private(self.path))
+        self.assertEqual(self.modes(), {"x.db": "0o600"})
+        os.symlink(os.path.join(self.home, "nowhere"), os.path.join(self.home, "link"))
+        for name, fresh in (("x.db", os.O_EXCL), ("link", os.O_EXCL), ("link", 0)):
+            for missing in ("nothing", "O_NOFOLLOW"):   # as on Windows
+                with contextlib.ExitStack() as stack:
+                    if hasattr(os, missing):
+                        stack.enter_context(patched(os, missing, 0))
+                    with self.assertRaises(FileExistsError):
+                        nexus.create_private(os.path.join(self.home, name), fresh)
+
+
+class TakenAway(DiskCase):
+    """Database and lock vanish under a running server."""
+
+    @unittest.skipUnless(MODES, "Windows does not remove open files")
+    def test_who_lost_its_lock_writes_nothing_more_and_leaves_the_next_ones_alone(self):
+        first = self.server(db=self.path)
+        self.assertEqual(self.send(first, "one"), 201)
+        os.unlink(self.path + ".lock")
+        self.expect(first.call("POST", "/api/messages", {"channel": "c", "content": "two"}), 503,
+                    "storage_unavailable")
+        second = self.server(db=self.path)
+        self.assertEqual(self.send(second, "three"), 201)
+        self.assertEqual(self.send(first, "four"), 503)         # there is a lock, but not its own
+        first.stop()
+        self.assertTrue(os.path.exists(self.path + ".lock"))
+        self.assertIn("process %d" % os.getpid(), self.refused())
+        self.assertEqual(self.send(second, "five"), 201)
+        second.stop()
+        self.assertEqual(os.listdir(self.home), ["x.db"])
+        self.assertEqual(self.contents(), ["one", "three", "five"])
+
+    @unittest.skipUnless(MODES, "Windows does not rename open files")
+    def test_a_renamed_database_is_noticed_by_the_next_send_and_by_health(self):
+        server, away = self.server(db=self.path), self.path + ".away"
+        for replaced in (False, True):
+            os.rename(self.path, away)
+            if replaced:
+                shutil.copy(away, self.path)        # another file of the same name
+            found = server.call("GET", "/health")
+            self.assertEqual((found.status, found.json["status"]), (503, "degraded"))
+            self.assertIn("removed or replaced", found.json["reason"])
+            self.assertEqual(self.send(server), 503)
+            os.replace(away, self.path)
+            server.store.tend()
+            self.assertEqual(server.call("GET", "/health").status, 200)
+            self.assertEqual(self.send(server), 201)
+            server.store.tend()
+        lines, server.lines[:] = list(server.lines), []
+        self.assertEqual(["replaced" in line for line in lines], [True, False] * 2)
+
+    def test_a_commit_of_nothing_is_not_counted(self):
+        server = self.server(db=self.path)
+        before = server.call("GET", "/v1/stats").json["commits"]
+        for _ in range(3):
+            server.sweep()
+        self.assertEqual(server.call("GET", "/v1/stats").json["commits"], before)
+        self.assertEqual(self.send(server), 201)
+        self.assertEqual(server.call("GET", "/v1/stats").json["commits"], before + 1)
+
+
+class Health(DiskCase):
+    """/health, /metrics and the log tell what senders know already."""
+
+    def figures(self, server):
+        return {name: int(float(value)) for name, value in re.findall(
+            r"(?m)^nexus_(storage_ok|storage_errors|disk_free_bytes) (\S+)$",
+            server.call("GET", "/metrics").text)}
+
+    def limit(self, server, more):
+        """Let the database grow by so many pages only: a full disk."""
+        def job(db):
+            pages, = db.execute("PRAGMA page_count").fetchone()
+            db.execute("PRAGMA max_page_count=%d" % (pages + more))
+        db = server.store.db
+        with db._writer_lock:
+            job(db._writer)
+
+    def test_a_full_disk_is_told_by_health_figures_and_log_until_it_is_over(self):
+        server = self.server(db=self.path)
+        well = server.call("GET", "/health")
+        self.assertEqual((well.status, well.json["status"]), (200, "healthy"))
+        self.assertEqual(self.figures(server)["storage_ok"], 1)
+        self.assertGreater(self.figures(server)["disk_free_bytes"], 10 ** 6)
+        self.limit(server, 1)
+        self.assertEqual(self.send(server, "x" * 90000), 503)
+        ill = server.call("GET", "/health")
+        self.assertEqual((ill.status, ill.json["status"], ill.json["version"]),
+                         (503, "degraded", nexus.VERSION))
+        self.assertIn("database or disk is full", ill.json["reason"])
+        self.assertEqual(set(ill.json), set(well.json) | {"reason"})
+        document = server.call("GET", "/openapi.json").json
+        for name, value in (("Health", ill.json), ("Stats", server.call("GET", "/v1/stats").json)):
+            schema = nexus.shape_schema(nexus.SHAPES[name])
+            self.assertEqual(misfits(value, schema, document), [])
+            self.assertLessEqual(set(value), set(schema["properties"]))
+        for _ in range(3):
+            server.store.tend()                     # tries to write, in vain
+        self.assertEqual(self.figures(server)["storage_ok"], 0)
+        self.assertGreaterEqual(self.figures(server)["storage_errors"], 4)
+        self.assertEqual(len(server.lines), 1, server.lines)
+        self.assertIn("disk is full", server.lines.pop())
+        self.limit(server, 1000)                    # nobody sends: the next run finds out
+        for _ in range(3):
+            server.store.tend()
+        self.assertEqual(server.call("GET", "/health").json["status"], "healthy")
+        self.assertEqual(self.figures(server)["storage_ok"], 1)
+        self.assertEqual(len(server.lines), 1, server.lines)
+        self.assertIn("over", server.lines.pop())
+        self.assertEqual(server.store.db.read("SELECT COUNT(*) FROM counters WHERE name = 'probe'"),
+                         [(0,)])
+
+    def test_in_trouble_the_log_gives_its_room_back(self):
+        server = self.server(db=self.path)
+        self.assertEqual(self.send(server, "x" * 900000), 201)
+        server.store.db.unscrubbed, server.store.db.fault = False, "The disk is full."
+        self.assertGreater(os.path.getsize(self.path + "-wal"), 900000)
+        server.store.tend()
+        self.assertLess(os.path.getsize(self.path + "-wal"), 2 * nexus.PROBE_BYTES)
+        self.assertIsNone(server.store.trouble())
+
+    def test_trouble_that_is_over_before_anybody_looked_is_told_all_the_same(self):
+        server = self.server(db=self.path)
+        self.limit(server, 1)
+        self.assertEqual(self.send(server, "x" * 90000), 503)
+        self.limit(server, 1000)
+        self.assertEqual(self.send(server, "x" * 90000), 201)
+        self.assertEqual(server.call("GET", "/health").status, 200)
+        for _ in range(3):
+            server.store.tend()
+        lines, server.lines[:] = list(server.lines), []
+        self.assertEqual(["full" in line for line in lines], [True, False])
+
+    def test_an_expiry_run_that_fails_is_told_until_one_succeeds(self):
+        server = self.server()
+        with patched(server.store.sessions, "write_activity", refusing(ZeroDivisionError())):
+            for _ in range(3):
+                server.store.tend()
+        self.assertIn("ZeroDivisionError", server.call("GET", "/health").json["reason"])
+        self.assertEqual(self.figures(server), {"storage_ok": 0, "storage_errors": 0})
+        server.store.tend()
+        self.assertEqual(server.call("GET", "/health").status, 200)
+        lines, server.lines[:] = list(server.lines), []
+        self.assertEqual(["fault of the server" in line for line in lines], [True, False])
+
+    def test_a_sync_that_fails_in_a_commit_is_the_disks_fault_and_no_fault_of_ours(self):
+        server = self.server(db=self.path)
+        broken = refusing(sqlite3.OperationalError("disk I/O error"))
+        with patched(server.store.db, "missing", broken):
+            self.assertEqual(self.send(server), 503)
+        self.assertIn("disk I/O error", server.call("GET", "/health").json["reason"])
+        self.assertEqual(self.send(server), 201)
+        self.assertEqual(server.call("GET", "/health").status, 200)
+
+    @unittest.skipUnless(MODES and os.geteuid() == 0 and shutil.which("mount"), "needs root")
+    def test_a_real_disk_that_is_full_and_empty_again_loses_nothing(self):
+        if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", self.home],
+                           stderr=subprocess.DEVNULL):
+            self.skipTest("cannot mount a small disk here")
+        self.addCleanup(subprocess.call, ["umount", self.home])
+        server, kept, refused = self.server(db=self.path), [], 0
+        for turn in range(3):
+            with open(os.path.join(self.home, "junk"), "wb", 0) as junk:
+                with contextlib.suppress(OSError):
+                    while junk.write(b"x" * 4096):
+                        pass
+            for number in range(30):
+                content = "%d %d " % (turn, number) + "x" * 9000
+                status = self.send(server, content)
+                self.assertIn(status, (201, 503))
+                if status == 201:
+                    kept.append(content)
+            self.assertEqual(server.call("GET", "/health").status, 503 if status == 503 else 200)
+            server.store.tend()
+            os.unlink(os.path.join(self.home, "junk"))
+            server.store.tend()
+            server.store.tend()
+            self.assertEqual(server.call("GET", "/health").status, 200)
+            self.assertEqual(self.send(server, "after %d" % turn), 201)
+            kept.append("after %d" % turn)
+        self.assertEqual(["full" in line for line in server.lines], [True, False] * 3)
+        server.lines.clear()
+        server.stop()
+        self.assertEqual(self.contents(), kept)
+
+
+class Readers(DiskCase):
+    """Reading connections are few, go round, and stand still while the log is emptied."""
+
+    def setUp(self):
+        super().setUp()
+        self.db = nexus.Database(self.path)
+        self.addCleanup(lambda: self.db and self.db.close())
+        self.db.write(lambda db: db.execute("INSERT INTO counters VALUES ('x', 1)"))
+
+    def held(self, count):
+        """That many reads that go on until the event is set: (the event, the reads)."""
+        fetch, inside, go_on = nexus.Database._fetch, [], threading.Event()
+
+        def slow(connection, *arguments):
+            connection.execute("BEGIN").execute("SELECT * FROM counters").fetchall()
+            inside.append(connection)
+            go_on.wait(10)
+            connection.execute("COMMIT")
+            return fetch(connection, *arguments)
+        with patched(nexus.Database, "_fetch", staticmethod(slow)):
+            reads = [Started(self.db.read, "SELECT 1") for _ in range(count)]
+            until(lambda: len(inside) == min(count, nexus.READERS))
+        self.addCleanup(go_on.set)
+        return go_on, reads
+
+    def test_more_readers_than_connections_wait_for_each_other(self):
+        with patched(sqlite3, "connect", refusing(sqlite3.OperationalError("unable to open"))):
+            go_on, reads = self.held(50)
+            late = Started(self.db.read, "SELECT 2")
+            time.sleep(0.02)
+            self.assertEqual(sum(read.done() for read in reads + [late]), 0)
+            go_on.set()
+            self.assertEqual([read.result() for read in reads], [[(1,)]] * 50)
+            self.assertEqual(late.result(), [(2,)])
+
+    def test_who_waits_too_long_is_told_that_the_server_is_busy(self):
+        go_on, reads = self.held(nexus.READERS)
+        self.db._patience = 0.05
+        with self.assertRaises(nexus.NexusError) as caught:
+            self.db.read("SELECT 1")
+        self.assertEqual((caught.exception.code, dict(caught.exception.headers)),
+                         ("server_busy", {"Retry-After": "1"}))
+        go_on.set()
+        self.assertEqual([read.result() for read in reads], [[(1,)]] * nexus.READERS)
+        self.assertEqual(self.db.read("SELECT 1"), [(1,)])      # who left the queue left no place
+        self.assertEqual(self.db.errors, 0)
+
+    def test_readers_that_overlap_without_end_cannot_keep_content_in_the_log(self):
+        fetch, ends, begun = nexus.Database._fetch, threading.Event(), [0]
+
+        def overlapping(connection, *arguments):
+            connection.execute("BEGIN").execute("SELECT * FROM counters").fetchall()
+            begun[0] += 1
+            mine, patience = begun[0], time.monotonic() + 0.2
+            while begun[0] == mine and not ends.is_set() and time.monotonic() < patience:
+                time.sleep(0.001)               # read until the next one has begun
+            connection.execute("COMMIT")
+            return fetch(connection, *arguments)
+
+        def forever():
+            while not ends.is_set():
+                self.db.read("SELECT 1")
+        with patched(nexus.Database, "_fetch", staticmethod(overlapping)):
+            readers = [Started(forever) for _ in range(3)]
+            until(lambda: begun[0] > 10)
+            try:
+                found = [self.db.scrub() for _ in range(3)]
+            finally:
+                ends.set()
+            for reader in readers:
+                reader.result()
+        self.assertEqual((found, os.path.getsize(self.path + "-wal")), ([True] * 3, 0))
+
+    def test_a_read_that_does_not_end_is_broken_off_and_told_why(self):
+        with patched(nexus, "LONGEST_READ", 0.05):
+            read = Started(self.db.read, ENDLESS)
+            until(lambda: len(self.db._readers._free) < nexus.READERS)
+            self.assertTrue(self.db.scrub())
+        with self.assertRaisesRegex(nexus.NexusError, "too long") as caught:
+            read.result()
+        self.assertEqual(caught.exception.code, "server_busy")
+        self.assertEqual((self.db.errors, len(self.db._readers._free)), (0, nexus.READERS))
+
+    def test_while_another_program_reads_the_log_stays_and_senders_do_not_wait(self):
+        with contextlib.closing(sqlite3.connect(self.path)) as other:
+            other.execute("BEGIN")
+            other.execute("SELECT * FROM counters").fetchall()
+            self.db.write(lambda db: db.execute("UPDATE counters SET value = 2"))
+            began = time.monotonic()
+            self.assertFalse(self.db.scrub())
+            self.assertLess(time.monotonic() - began, nexus.BUSY_SECONDS / 2)
+        self.assertTrue(self.db.scrub())
+
+    def test_close_closes_connections_in_use(self):
+        read = Started(self.db.read, ENDLESS)
+        until(lambda: len(self.db._readers._free) < nexus.READERS)
+        self.db.close()
+        with self.assertRaises(nexus.NexusError):
+            read.result()
+        for connection in self.db._connections:
+            with self.assertRaises(sqlite3.ProgrammingError):
+                connection.execute("SELECT 1")
+        began = time.monotonic()
+        with self.assertRaises(nexus.NexusError) as caught:
+            self.db.read("SELECT 1")
+        self.assertEqual(caught.exception.code, "server_busy")
+        self.assertLess(time.monotonic() - began, nexus.BUSY_SECONDS / 2)
+        self.db = None
+
+    def test_the_connection_that_was_used_last_is_used_next_and_all_go_before_one(self):
+        broken_off = []
+
+        class Borrowed(str):
+            def interrupt(self):
+                broken_off.append(self)
+                if self in out:
+                    out.remove(self)
+                    pool.give(self)
+        a, b, c = everything = [Borrowed(name) for name in "abc"]
+        pool, out = nexus.Pool(everything), []
+        self.assertEqual((pool.take(0), pool.take(0)), ([c], [b]))
+        pool.give(c)
+        self.assertEqual((pool.take(0), pool.take(0), pool.take(0.01)), ([c], [a], []))
+        one = Started(pool.take, 10)
+        until(lambda: len(pool._queue) == 1)
+        every = Started(pool.take, 0.2, 3)
+        until(lambda: len(pool._queue) == 2)
+        pool.give(b)
+        pool.give(c)
+        out.append(a)                               # this one has to be broken off
+        self.assertEqual((every.result(), one.done(), broken_off), ([b, c, a], False, everything))
+        pool.give(c)
+        self.assertEqual(one.result(), [c])
+        pool.give(b)
+        pool.give(a)
+        self.assertEqual((pool.take(0), pool.take(0)), ([a], [b]))
+        self.assertEqual(len(pool._queue), 0)
+        waiting = 1, [], threading.Lock()
+        waiting[2].acquire()
+        pool._queue.append(waiting)                 # somebody waits for c, which is on its way back
+        pool._free.append(c)
+        self.assertEqual((pool.take(0.01), waiting[1]), ([], [c]))
+
+    def test_no_write_is_broken_off_with_the_reads(self):
+        read = Started(self.db.read, ENDLESS)
+        until(lambda: len(self.db._readers._free) < nexus.READERS)
+        running = threading.Event()
+
+        def job(db):
+            running.set()
+            return db.execute(ENDLESS.replace("FROM n)", "FROM n WHERE i < 2000000)")).fetchone()
+        write = Started(self.db.write, job)
+        self.assertTrue(running.wait(10))
+        with patched(nexus, "LONGEST_READ", 0.01):
+            self.assertTrue(self.db.scrub())
+        self.assertEqual(write.result(), (2000000,))
+        self.assertRaises(nexus.NexusError, read.result)
+
+    @unittest.skipUnless(os.path.exists("/proc/self/io"), "this system does not count what is read")
+    def test_a_start_does_not_read_the_file(self):
+        self.db.write(lambda db: db.executemany(
+            "INSERT INTO messages (channel, sender, wire, size, created_at)"
+            " VALUES ('c', '', ?, 1, 1)", (("x" * 100000,) for _ in range(200))))
+        self.db.close()
+
+        def count():
+            return int(re.search(rb"rchar: (\d+)", self.read("/proc/self/io"))[1])
+        before = count()
+        self.db = nexus.Database(self.path)
+        self.assertLess(count() - before, 10 ** 6)
+
+    @unittest.skipUnless(MODES, "Windows does not limit descriptors")
+    def test_reading_goes_on_when_there_are_no_descriptors_left(self):
+        import resource
+        limits, taken = resource.getrlimit(resource.RLIMIT_NOFILE), []
+        highest = os.dup(0)
+        os.close(highest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 40, limits[1]))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(os.dup(0))
+            go_on, reads = self.held(50)
+            go_on.set()
+            self.assertEqual([read.result() for read in reads], [[(1,)]] * 50)
+            self.db.write(lambda db: db.execute("UPDATE counters SET value = 3"))
+            self.assertTrue(self.db.scrub())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for file in taken:
+                os.close(file)
+
+    def test_sqlite_moves_nothing_from_the_log_by_itself(self):
+        size = os.path.getsize(self.path)
+        for _ in range(3):
+            self.db.write(lambda db: db.execute(
+                "INSERT INTO messages (channel, sender, wire, size, created_at)"
+                " VALUES ('c', '', zeroblob(3000000), 1, 1)"))
+        self.assertEqual(os.path.getsize(self.path), size)
+        self.assertGreater(self.db.wal_bytes(), 9000000)
+
+    def test_a_table_whose_first_page_is_damaged_is_found_at_the_start(self):
+        self.db.close()
+        self.db = None
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            page, = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'codes'").fetchone()
+        with open(self.path, "r+b") as file:
+            file.seek((page - 1) * 4096)
+            file.write(b"\xa5" * 4096)
+        self.assertRegex(self.refused(), "damaged.*Nothing was changed.*nexus.py restore")
+
+    def test_a_start_reads_no_more_than_the_first_pages(self):
+        self.db.write(lambda db: db.executemany(
+            "INSERT INTO messages (channel, sender, wire, size, created_at)"
+            " VALUES (?, '', ?, 1, 1)", (("c%d" % (number % 2), '"content":"%s"}' % ("x" * 3000))
+                                         for number in range(99))))
+        self.db.close()
+        self.db = None
+        with open(self.path, "r+b") as file:
+            file.seek(os.path.getsize(self.path) // 8192 * 4096)
+            file.write(b"\xa5" * 4096)              # a page in the middle
+        with Server(db=self.path) as server:
+            self.assertEqual(self.send(server), 201)
+            found = server.call("GET", "/api/messages/inbox/c1?limit=1000")
+            self.assertEqual(self.expect(found, 503, "storage_unavailable")["error"],
+                             "storage_unavailable")
+            self.assertRegex(found.json["message"], "damaged.*restore.*malformed")
+            server.store.tend()
+            self.assertIn("damaged", server.lines.pop())
+            server.store.tend()
+            self.assertIn("over", server.lines.pop())
+        ran = run_here(self.home, "backup", "copy.db", "--db", self.path)
+        self.assertEqual((ran.code, ran.json["error"]), (1, "backup_failed"))
+        self.assertIn("damaged", ran.json["message"])
+
+
+SHIM = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* Some syncs of one file, SHIM_FILE, fail, and what they covered is forgotten, as kernels do it:
+   pages are dirty from a write to the next sync, and only a sync that succeeds carries them over
+   to SHIM_FILE.disk, which is what a power cut would leave. */
+enum { PAGE = 4096, PAGES = 65536 };
+static unsigned char dirty[PAGES];
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+static int is_it(int file) {
+    struct stat one, other;
+    return !fstat(file, &one) && !stat(getenv("SHIM_FILE"), &other)
+        && one.st_dev == other.st_dev && one.st_ino == other.st_ino;
+}
+
+static void carry(int file, int disk) {
+    char page[PAGE];
+    struct stat now;
+    for (long number = 0; number < PAGES; number++)
+        if (dirty[number]) {
+            ssize_t got = pread(file, page, PAGE, PAGE * number);
+            if (got > 0 && pwrite(disk, page, got, PAGE * number) != got) abort();
+        }
+    if (fstat(file, &now) || ftruncate(disk, now.st_size)) abort();
+    close(disk);
+}
+
+static int synced(int file, const char *name) {
+    static unsigned seed;
+    char path[4096];
+    if (!is_it(file)) return ((int (*)(int)) dlsym(RTLD_NEXT, name))(file);
+    pthread_mutex_lock(&lock);
+    if (!seed) seed = atoi(getenv("SHIM_SEED"));
+    int fails = rand_r(&seed) % 100 < atoi(getenv("SHIM_PERCENT"));
+    snprintf(path, sizeof path, "%s.disk", getenv("SHIM_FILE"));
+    if (!fails) carry(file, open(path, O_WRONLY));
+    for (long number = 0; number < PAGES; number++) dirty[number] = 0;
+    pthread_mutex_unlock(&lock);
+    errno = EIO;
+    return fails ? -1 : 0;
+}
+
+static ssize_t wrote(int file, ssize_t count, off_t at) {
+    if (count > 0 && is_it(file)) {
+        pthread_mutex_lock(&lock);
+        for (long number = at / PAGE; number <= (at + count - 1) / PAGE; number++)
+            dirty[number] = 1;
+        pthread_mutex_unlock(&lock);
+    }
+    return count;
+}
+
+#define WRITES(name) ssize_t name(int file, const void *data, size_t count, off_t at) { \
+    ssize_t (*real)(int, const void *, size_t, off_t) = dlsym(RTLD_NEXT, #name); \
+    return wrote(file, real(file, data, count, at), at); }
+WRITES(pwrite)
+WRITES(pwrite64)
+int fsync(int file) { return synced(file, "fsync"); }
+int fdatasync(int file) { return synced(file, "fdatasync"); }
+'''
+
+# serve, with a log that is emptied every tenth of a second, and what {0} does besides.
+HASTY = """
+import sys; sys.path.insert(0, {1!r}); sys.dont_write_bytecode = True
+import nexus
+nexus.SWEEP_SECONDS, nexus.SCRUB_SECONDS, nexus.WAL_BYTES = 0.03, 0.1, 200000
+{0}
+sys.exit(nexus.main())
+"""
+
+
+class FailedSyncs(DiskCase):
+    """A disk that could not sync the database file, and then says that all is well."""
+
+    def serve(self, extra="", **environ):
+        """A server process with a hasty log: (process, url); its stderr is in the folder."""
+        with open(os.path.join(self.home, "stderr"), "wb") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-c", HASTY.format(extra, FOLDER), "serve", "--port", "0",
+                 "--quiet", "--db", self.path], stdout=subprocess.PIPE, stderr=errors,
+                env=clean_environment(self.home, **environ))
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        self.addCleanup(process.stdout.close)
+        line = process.stdout.readline()
+        self.assertTrue(line, "it did not start")
+        return process, json.loads(line.decode())["url"]
+
+    def test_a_failed_checkpoint_ends_the_server_and_none_is_tried_again(self):
+        spoiled = """
+connect = nexus.sqlite3.connect
+class Spoiled(nexus.sqlite3.Connection):
+    def execute(self, sql, *arguments):
+        if "wal_checkpoint" in sql and nexus.os.path.getsize({1!r}):
+            with open({0!r}, "a") as file:
+                file.write(sql + ";")
+            raise nexus.sqlite3.OperationalError("disk I/O error")
+        return super().execute(sql, *arguments)
+nexus.sqlite3.connect = lambda *a, **k: connect(*a, factory=Spoiled, **k)
+nexus.WAL_BYTES = 0
+""".format(os.path.join(self.home, "tried"), self.path + "-wal")
+        self.filled("first")                        # so that its log is empty at the start
+        for stop in (False, True):                  # in an expiry run, and at the very end
+            process, url = self.serve(spoiled + "nexus.SWEEP_SECONDS = %s" % (60 if stop else 0.1))
+            with contextlib.suppress(nexus.NexusError):     # it may end before it can answer
+                nexus.Client(url, patience=-1).messages.send("c", "kept %s" % stop)
+            if stop:
+                process.terminate()
+            self.assertEqual(process.wait(20), 1)
+            tried = self.read(os.path.join(self.home, "tried")).decode()
+            self.assertEqual(tried.count("checkpoint"), 1, tried)
+            os.unlink(os.path.join(self.home, "tried"))
+            said = self.read(os.path.join(self.home, "stderr")).decode()
+            self.assertEqual(said.count("\n"), 1, said)
+            self.assertRegex(said, r"disk I/O error.*start it again")
+            self.assertNotIn("fault of the server", said)
+            self.assertGreater(os.path.getsize(self.path + "-wal"), 0)
+            process, url = self.serve()
+            kept = [row["content"] for row in nexus.Client(url).messages.inbox("c")]
+            self.assertIn("kept %s" % stop, kept)
+            process.terminate()
+            self.assertEqual(process.wait(20), 0)
+
+    def test_a_full_disk_in_a_checkpoint_is_no_reason_to_end(self):
+        database = nexus.Database(self.path)
+        self.addCleanup(database.close)
+        for words in ("database or disk is full", "database is locked"):
+            broken = type("Broken", (), {"execute": refusing(sqlite3.OperationalError(words))})()
+            with patched(os, "_exit", refusing(AssertionError("ended"))):
+                with self.assertRaisesRegex(nexus.NexusError, words):
+                    database._checkpoint(broken, "PASSIVE")
+
+    @unittest.skipUnless(sys.platform == "linux", "LD_PRELOAD is Linux's")
+    def test_a_power_cut_after_failed_syncs_leaves_every_message_that_was_answered(self):
+        shim = os.path.join(self.home, "shim.so")
+        compiler = shutil.which("cc") or shutil.which("gcc")
+        if not compiler or subprocess.call(
+                [compiler, "-shared", "-fPIC", "-o", shim, self.written("shim.c", SHIM.encode()),
+                 "-ldl", "-lpthread"], stderr=subprocess.DEVNULL):
+            self.skipTest("no C compiler that works")
+        for seed in range(int(os.environ.get("NEXUS_TEST_POWER_CUTS", 2))):
+            self.power_cut(shim, seed + 1)
+
+    def power_cut(self, shim, seed):
+        """Send and read until a sync fails, which ends the server; then look at the disk."""
+        self.filled("first")
+        shutil.copy(self.path, self.path + ".disk")
+        process, url = self.serve(LD_PRELOAD=shim, SHIM_FILE=self.path, SHIM_SEED=str(seed),
+                                  SHIM_PERCENT="25")
+        kept, done = [], threading.Event()
+
+        def work(number):
+            client, call = nexus.Client(url, patience=-1), 0
+            with contextlib.suppress(nexus.Unreachable):
+                while not done.is_set():
+                    call += 1
+                    if number % 2:
+                        client.messages.inbox("c%d" % (number - 1), limit=1000)
+                    else:
+                        text = "x" * (call * 997 % 3000)
+                        kept.append(client.messages.send("c%d" % number, text)["id"])
+        workers = [Started(work, number) for number in range(8)]
+        try:
+            self.assertEqual(process.wait(20), 1)
+        finally:
+            process.kill()
+            done.set()
+        for worker in workers:
+            worker.result()
+        image = os.path.join(self.home, "image.db")
+        os.replace(self.path + ".disk", image)
+        shutil.copy(self.path + "-wal", image + "-wal")
+        with contextlib.closing(sqlite3.connect(image)) as db:
+            self.assertEqual(db.execute("PRAGMA integrity_check").fetchall(), [("ok",)])
+            stored = {number for number, in db.execute("SELECT id FROM messages")}
+            self.assertLessEqual(set(kept), stored)
+        for name in os.listdir(self.home):
+            if ".db" in name:
+                os.unlink(os.path.join(self.home, name))
+
+
+class BackupAndRestore(DiskCase):
+
+    def run_verb(self, *words, code=0):
+        ran = run_here(self.home, *words)
+        self.assertEqual(ran.code, code, ran)
+        return ran.json
+
+    def backup(self, name="copy.db", code=0, db=None):
+        return self.run_verb("backup", os.path.join(self.home, name), "--db", db or self.path,
+                             code=code)
+
+    def restore(self, name="copy.db", code=0):
+        return self.run_verb("restore", os.path.join(self.home, name), "--db", self.path, code=code)
+
+    def crash(self, *contents):
+        """Send these, then leave the files as kill -9 leaves them: the rest is in the log."""
+        saved = self.folder()
+        with Server(db=self.path) as server:
+            for content in contents:
+                self.assertEqual(self.send(server, content), 201)
+            for end in ("", "-wal", "-shm"):
+                shutil.copy(self.path + end, saved)
+        for name in os.listdir(saved):
+            shutil.copy(os.path.join(saved, name), self.home)
+
+    def test_a_backup_of_a_running_server_has_everything_and_leaves_nothing_beside(self):
+        self.addCleanup(os.umask, os.umask(0))
+        server = self.server(db=self.path)
+        self.send(server, "still in the log")
+        before = set(os.listdir(self.home))
+        found = self.backup()
+        self.assertEqual(set(os.listdir(self.home)) - before, {"copy.db"})
+        if MODES:
+            self.assertEqual(self.modes()["copy.db"], "0o600")
+        self.assertEqual((found["ok"], found["bytes"]),
+                         (True, os.path.getsize(os.path.join(self.home, "copy.db"))))
+        self.assertEqual(self.send(server), 201)
+        self.assertEqual(self.contents(os.path.join(self.home, "copy.db")), ["still in the log"])
+
+    def test_a_backup_changes_nothing_where_the_database_lies(self):
+        self.crash("in the log")
+        before = {name: self.read(os.path.join(self.home, name)) for name in os.listdir(self.home)}
+        self.backup()
+        before.pop("x.db-shm")                      # SQLite's index of the log, not data
+        self.assertEqual(before, {name: self.read(os.path.join(self.home, name))
+                                  for name in before})
+        self.assertEqual(self.contents(os.path.join(self.home, "copy.db")), ["in the log"])
+
+    def test_a_backup_that_was_killed_leaves_nothing_of_that_name(self):
+        self.filled("x")
+        script = ("import os, sys; sys.path.insert(0, %r); sys.dont_write_bytecode = True\n"
+                  "import nexus; nexus.sync = lambda *_: os._exit(9); nexus.main()" % FOLDER)
+        code = subprocess.call([sys.executable, "-c", script, "backup", "copy.db", "--db",
+                                self.path], cwd=self.home)
+        names = sorted(os.listdir(self.home))
+        self.assertEqual((code, len(names)), (9, 2))
+        self.assertRegex(names[0], r"copy\.db\.[0-9a-f]{8}\.draft")
+        self.backup()
+
+    def test_a_backup_that_fails_leaves_nothing(self):
+        self.filled("x")
+        for name, error in (("copy_database", sqlite3.OperationalError("database or disk is full")),
+                            ("sync", OSError(5, "Input/output error"))):
+            with patched(nexus, name, refusing(error)):
+                self.assertEqual(self.backup(code=1)["error"], "backup_failed")
+            self.assertEqual(os.listdir(self.home), ["x.db"])
+
+    def test_a_backup_overwrites_nothing_and_follows_no_link(self):
+        self.filled("x")
+        self.written("copy.db", b"mine")
+        self.assertEqual(self.backup(code=1)["error"], "file_exists")
+        if MODES:
+            os.symlink(os.path.join(self.home, "nowhere"), os.path.join(self.home, "link.db"))
+            self.assertEqual(self.backup("link.db", code=1)["error"], "file_exists")
+        late = os.path.join(self.home, "late.db")
+        for missing in (False, True):               # file systems without hard links
+            with contextlib.ExitStack() as stack:
+                if missing:
+                    stack.enter_context(patched(os, "link", refusing(OSError(1, "no links"))))
+                stack.enter_context(between(nexus, "copy_database",
+                                            lambda: self.written("late.db")))
+                self.assertIn("there already", self.backup("late.db", code=1)["message"])
+                self.assertEqual(self.read(late), b"")
+                os.unlink(late)
+                self.backup("late.db")
+            self.assertEqual(self.contents(late), ["x"])
+            os.unlink(late)
+        self.assertEqual(self.read(os.path.join(self.home, "copy.db")), b"mine")
+        self.assertEqual([name for name in os.listdir(self.home) if "draft" in name], [])
+
+    def test_what_is_no_sound_database_of_ours_is_neither_copied_nor_restored(self):
+        with contextlib.closing(sqlite3.connect(os.path.join(self.home, "other.db"))) as other:
+            other.executescript("CREATE TABLE customers (name)")
+        shutil.copy(self.filled("x" * 50000), os.path.join(self.home, "newer.db"))
+        with contextlib.closing(sqlite3.connect(os.path.join(self.home, "newer.db"))) as newer:
+            newer.execute("PRAGMA user_version=99")
+        damaged = bytearray(self.read(self.path))
+        damaged[8192:-8192] = b"\xa5" * (len(damaged) - 16384)
+        self.written("damaged.db", damaged)
+        self.written("text.db", b"Dear diary, " * 1000)
+        self.written("empty.db")
+        before = sorted(os.listdir(self.home))
+        for name in ("other.db", "newer.db", "damaged.db", "text.db", "empty.db"):
+            found = self.backup("copy.db", code=1, db=os.path.join(self.home, name))
+            self.assertEqual(found["error"], "backup_failed")
+            found = self.restore(name, code=1)
+            self.assertEqual(found["error"], "restore_failed")
+            self.assertIn("Moved aside: nothing", found["message"])
+        self.assertEqual(self.restore("missing.db", code=1)["error"], "no_database")
+        self.assertEqual(self.backup(code=1, db="missing.db")["error"], "no_database")
+        self.assertEqual(sorted(os.listdir(self.home)), before)
+        self.assertEqual(self.contents(), ["x" * 50000])
+
+    def test_a_server_that_starts_during_a_backup_at_rest_is_noticed(self):
+        self.filled("x")
+        backup = nexus.copy_database
+
+        def meanwhile():
+            self.send(self.server(db=self.path), "y")
+        with between(sqlite3, "connect", meanwhile):
+            self.assertIn("started meanwhile", self.backup(code=1)["message"])
+        self.backup()
+
+    def test_restore_puts_the_copy_in_place_and_the_rest_aside(self):
+        self.addCleanup(os.umask, os.umask(0))
+        self.filled("in the copy")
+        self.backup()
+        self.crash("after it")
+        found = self.restore()
+        self.assertEqual(found["database"], self.path)
+        self.assertEqual(sorted(os.path.basename(name) for name in found["moved"]),
+                         ["x.db", "x.db-shm", "x.db-wal"])
+        before = found["moved"][self.path]
+        self.assertRegex(before, r"x\.db\.before-\d{8}-\d{6}-\d{3}$")
+        self.assertEqual({before + end for end in ("", "-wal", "-shm")},
+                         set(found["moved"].values()))
+        if MODES:
+            self.assertEqual(self.modes()["x.db"], "0o600")
+        self.assertFalse([name for name in os.listdir(self.home)
+                          if "draft" in name or "lock" in name])
+        self.assertEqual(self.contents(), ["in the copy"])
+        self.assertEqual(list(self.restore(os.path.basename(before))["moved"]), [self.path])
+        self.assertEqual(self.contents(), ["in the copy", "after it"])      # its log counts, too
+        os.unlink(self.path)
+        self.assertEqual(self.restore()["moved"], {})
+        self.assertEqual(self.contents(), ["in the copy"])
+
+    @unittest.skipUnless(MODES, "Windows has no links for everybody")
+    def test_restore_moves_nothing_aside_through_a_link(self):
+        os.symlink(self.filled("x"), os.path.join(self.home, "link.db"))
+        self.backup()
+        self.path, real = os.path.join(self.home, "link.db"), self.path
+        self.assertIn("symbolic link", self.restore(code=1)["message"])
+        self.assertEqual(self.contents(real), ["x"])
+
+    def test_restore_refuses_while_a_server_has_the_database(self):
+        self.filled("x")
+        self.backup()
+        server = self.server(db=self.path)
+        found = self.restore(code=1)
+        self.assertIn("process %d" % os.getpid(), found["message"])
+        self.assertEqual(self.send(server), 201)
+
+    @unittest.skipUnless(MODES and os.geteuid() == 0 and shutil.which("mount"), "needs root")
+    def test_a_copy_on_a_read_only_medium_can_be_restored(self):
+        medium = self.folder()
+        if subprocess.call(["mount", "-t", "tmpfs", "tmpfs", medium], stderr=subprocess.DEVNULL):
+            self.skipTest("cannot mount here")
+        self.addCleanup(subprocess.call, ["umount", medium])
+        shutil.move(self.filled("far away"), os.path.join(medium, "c%d?x#.db"))
+        subprocess.check_call(["mount", "-o", "remount,ro", medium])
+        self.restore(os.path.join(medium, "c%d?x#.db"))
+        self.assertEqual(self.contents(), ["far away"])
+
+    def test_what_keeps_a_restore_from_its_end_is_said_with_what_was_moved(self):
+        self.filled("x")
+        self.backup()
+        with patched(os, "link", refusing(OSError(1, "no"))), \
+                patched(os, "rename", refusing(OSError(30, "read-only file system"))):
+            found = self.restore(code=1)
+        self.assertRegex(found["message"], "read-only.*Moved aside: nothing")
+        self.assertEqual(self.contents(), ["x"])
+
+
+# ----------------------------------------------------------------------------------------
 # Tools for channels
 #
 # Waiting is tested with threads and bells, not with sleeps: a call starts in a thread, the test
@@ -2325,7 +3300,7 @@ class ChannelCase(ServerCase):
         """The messages of an inbox; its frame is checked."""
         found = self.expect(self.s.call("GET", self.at(action, channel) + query), 200)
         self.assertEqual(found, {"messages": found["messages"], "count": len(found["messages"]),
-                                 "channel": channel or self.channel})
+                                 "channel": channel or self.channel, "more": found["more"]})
         return found["messages"]
 
     def ids(self, query="", **values):
@@ -3023,18 +3998,26 @@ class Scripted:
     def _run(self):
         with self._listener:
             for step in self._steps:
-                sock, _ = self._listener.accept()
+                sock, request = self._next()
                 with sock:
-                    request = self._read(sock)
                     if not request:
                         return              # _close() knocked
                     self.requests.append(request)
                     sock.sendall(step(request) if callable(step) else step)
 
+    def _next(self):
+        """The next request. Whoever looks whether TLS is spoken here gets no answer to that."""
+        while True:
+            sock, _ = self._listener.accept()
+            request = self._read(sock)
+            if request[:1] != b"\x16":
+                return sock, request
+            sock.close()
+
     @staticmethod
     def _read(sock):
         data, part, wanted = b"", b"x", None
-        while part and (wanted is None or len(data) < wanted):
+        while part and data[:1] != b"\x16" and (wanted is None or len(data) < wanted):
             part = sock.recv(65536)
             data += part
             head = re.match(rb"(?s).*?\r\n\r\n", data)
@@ -3060,6 +4043,7 @@ def http_answer(status, body, *headers):
     return "\r\n".join(lines + ["", ""]).encode() + body
 
 
+BROKEN = http_answer(500, {"error": "internal_error"})
 BUSY = http_answer(503, {"error": "server_busy", "message": "later"}, "Retry-After: 7")
 LATER = http_answer(429, {"error": "rate_limit_exceeded", "message": "x"}, "Retry-After: 3")
 SIGNATURES = """
@@ -3161,7 +4145,7 @@ class ClientPromises(ChannelCase):
     def test_after_four_attempts_with_doubling_pauses_the_error_comes_through(self):
         first = set()
         for answer, code in ((BUSY, "server_busy"), (b"", "unreachable"), (b"", "unreachable"),
-                             (http_answer(500, {"error": "internal_error"}), "internal_error")):
+                             (BROKEN, "internal_error")):
             server, client, sleeps = self.scripted(*[answer] * 4)
             self.assertEqual(self.fails(client.messages.send, "c", "x").code, code)
             self.assertEqual((len(server.requests), len(sleeps), len(server.keys())), (4, 3, 1))
@@ -3174,9 +4158,9 @@ class ClientPromises(ChannelCase):
         for name, args in (("claim", ("c", "a")), ("create", ()), ("leave", ("s", "a", "k")),
                            ("messages.lease", ("c", "w")), ("messages.ack", (1,)),
                            ("messages.ack_all", ("c",))):
-            for first, code in ((b"", "unreachable"), (b"HTTP/1.1 200 OK\r\n", "unreachable"), (
-                    http_answer(500, {"error": "internal_error"}), "internal_error")):
-                server, target, sleeps = self.scripted(first, http_answer(200, {}))
+            for answer, code in ((b"", "unreachable"), (b"HTTP/1.1 200 OK\r\n", "unreachable"),
+                                 (BROKEN, "internal_error")):
+                server, target, sleeps = self.scripted(answer, http_answer(200, {}))
                 for part in name.split("."):
                     target = getattr(target, part)
                 self.assertEqual(self.fails(target, *args).code, code, name)
@@ -3187,13 +4171,72 @@ class ClientPromises(ChannelCase):
         error = self.fails(nexus.Client(url, sleep=sleeps.append).claim, "c", "a")
         self.assertEqual((error.code, len(sleeps)), ("unreachable", 3))
 
+    def test_what_may_happen_twice_is_repeated(self):
+        for name, args in (("renew", ("s", "a")), ("pair", ("s",)), ("join", ("s", "a", "k")),
+                           ("send", ("s", "a", "x")), ("messages.revive", (1,)),
+                           ("messages.extend", (1, "t", 9)), ("messages.reply", (1, "x"))):
+            server, target, sleeps = self.scripted(BROKEN, b"", http_answer(200, {"message": 1}))
+            for part in name.split("."):
+                target = getattr(target, part)
+            target(*args)
+            self.assertEqual((len(server.requests), len(sleeps)), (3, 2), name)
+        self.assertEqual(self.fails(self.scripted(BROKEN)[1].join, "s", "a").status, 500)
+
+    def test_the_time_of_a_try_is_for_all_of_it_however_the_server_dribbles(self):
+        def dribble(line):              # a whole answer, if one waits for it for two seconds
+            for byte in http_answer(200, {"status": "healthy", "sessionId": "x", "agents": []}):
+                yield bytes([byte])
+                time.sleep(0.02)
+        slow, home = Fake(self, dribble), self.folder()
+        client = nexus.Client(slow.url, timeout=0.2, patience=-1)
+        self.assertEqual(self.fails(client.health).code, "unreachable")
+        nexus.State(home).put("s", "server", slow.url)
+        ran = run_here(home, "ls", NEXUS_STATUS_TIMEOUT="0.2")
+        self.assertEqual(ran.json["sessions"][0]["status"], "unreachable")
+        ran = run_here(home, "doctor", NEXUS_STATUS_TIMEOUT="0.2", url=slow.url)
+        self.assertEqual((ran.json["health"][0]["reachable"], ran.json["sessions"][0]["httpCode"]),
+                         (False, 0))
+        given = []
+        with patched(nexus.socket, "getaddrinfo", lambda *_, **__: [None] * 4), patched(
+                nexus.socket, "create_connection", lambda _, seconds: given.append(seconds) or 1/0):
+            self.assertRaises(ZeroDivisionError, client.health)
+        self.assertEqual(given, [0.05])         # of four addresses each gets its share
+
+    def test_a_degraded_server_is_asked_once_and_says_why(self):
+        ill = http_answer(503, {"status": "degraded", "reason": "the disk is full", "uptime": 7})
+        _, client, sleeps = self.scripted(ill)
+        self.assertEqual((client.health(), sleeps), (
+            {"status": "degraded", "reason": "the disk is full", "uptime": 7}, []))
+        _, client, sleeps = self.scripted(BUSY, http_answer(200, {"status": "healthy"}))
+        self.assertEqual((client.health(), sleeps), ({"status": "healthy"}, [7.0]))
+
+    def test_lists_say_whether_there_is_more_if_the_server_does(self):
+        for more in (True, False, None):
+            answer = http_answer(200, dict({"messages": [], "channel": "c", "count": 0},
+                                           **({} if more is None else {"more": more})))
+            messages = self.scripted(answer, answer)[1].messages
+            for page in (messages.inbox("c"), messages.dead("c")):
+                self.assertEqual((page, page.more), ([], more))
+
+    def test_odd_values_are_left_out_or_made_harmless(self):
+        server, client, _ = self.scripted(*[http_answer(200, {"messages": [], "x": 1})] * 3)
+        client.messages.inbox("c", include_acked=False)
+        client.poll("s", "a\r\nX-Evil: 1\u2603", members=True, after="0")
+        client.send("s", "", json=False, session_key="", idempotency_key="")
+        heads = [request.decode("latin-1") for request in server.requests]
+        self.assertIn("GET /api/messages/inbox/c?wait=0 HTTP", heads[0])
+        self.assertIn("?after=0&members=true HTTP", heads[1])
+        self.assertIn("X-Agent-Id: a  X-Evil: 1\\u2603\r\n", heads[1])
+        self.assertNotRegex(heads[2], "Agent|Session")
+        self.assertRegex(heads[2], r'Idempotency-Key: [0-9a-f]{32}\r(?s:.*){"json":false}$')
+
     def test_answers_come_in_any_form_and_what_was_cut_off_is_never_believed(self):
         body, good = b'{"channel":"c","count":41}', http_answer(200, {"count": 7})
         chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
         whole = b"3;x=y\r\n%s\r\n17\r\n%s\r\n0\r\nTrailer: x\r\n\r\n" % (body[:3], body[3:])
         for answer, count in (
                 (chunked + whole, 41), (b"HTTP/1.0 200 OK\r\n\r\n" + body, 41),
-                (b"HTTP/1.1 100 Continue\r\n\r\n" + http_answer(200, json.loads(body)), 41),
+                (b"HTTP/1.1 100 Continue\r\n\r\n" * 2000 + http_answer(200, body), 41),
                 (http_answer(200, body)[:-1], 7), (chunked + b"1A\r\n" + body[:9], 7),
                 (chunked + b"zz\r\n" + body, 7), (b"SSH-2.0-x\r\n", 7), (b"HTTP/1.1 2", 7),
                 (b"HTTP/1.1 200 OK\r\n", 7), (http_answer(502, b"bad gateway"), 7)):
@@ -3202,12 +4245,131 @@ class ClientPromises(ChannelCase):
                 self.assertEqual((client.messages.pending("c"), len(sleeps)), (count, count == 7))
 
     def test_an_answer_that_is_no_json_of_ours_is_the_same_kind_of_error(self):
-        for body in (b"<html>hotel wifi</html>", b"[]", b'"x"', b"null", b"{", b"\xff"):
-            with self.subTest(body=body):
+        for body in (b"<html>hotel wifi</html>", b"[]", b'"x"', b"null", b"{", b"\xff",
+                     b'{"a":' * 100000):
+            with self.subTest(body=body[:30]):
                 self.fails(self.scripted(http_answer(200, body))[1].messages.pending, "c")
         for body in ([], {"message": "x"}, "x", None):
             self.assertEqual(self.fails(self.scripted(http_answer(404, body))[1].health).status,
                              404)
+        for details in ("x", 5, [5, None], [{}], {"field": "x"}):
+            refusal = http_answer(400, {"error": "invalid_request", "details": details})
+            ran = run_here(self.folder(), "status", "x", url=self.scripted(refusal)[0].url)
+            self.assertEqual((ran.code, ran.json["error"]), (1, "invalid_request"))
+
+
+class Doorman:
+    """A port that looks at what each connection says first: rule(those bytes) is what it hears
+    back, then the end; None is silence, a number the port that it is led on to."""
+
+    def __init__(self, case, rule):
+        self._rule, self._listener = rule, socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+        case.addCleanup(self._stop)
+
+    def _stop(self):
+        with contextlib.suppress(OSError), self._listener:
+            self._listener.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self):
+        with contextlib.suppress(OSError):      # until it is shut down
+            while True:
+                sock = self._listener.accept()[0]
+                threading.Thread(target=self._meet, args=(sock,), daemon=True).start()
+
+    def _meet(self, sock):
+        with contextlib.suppress(OSError), sock:
+            first = sock.recv(65536)
+            found = self._rule(first)
+            if isinstance(found, int):
+                with socket.create_connection(("127.0.0.1", found)) as other:
+                    other.sendall(first)
+                    back = Started(self._pump, other, sock)
+                    self._pump(sock, other)
+                    back.result()
+            elif found is not None:
+                sock.sendall(found)
+            else:
+                while sock.recv(65536):
+                    pass
+
+    @staticmethod
+    def _pump(source, target):
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: source.recv(65536), b""):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+class RightScheme(Case):
+    """https to a port of http and the reverse are told as such, at once, with the right URL."""
+
+    HTML = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 6\r\n\r\n<html>"
+    ALERT = b"\x15\x03\x01\x00\x02\x02\x46"
+
+    def setUp(self):
+        quick = patched(nexus, "HELLO_SECONDS", 0.1)
+        quick.__enter__()
+        self.addCleanup(quick.__exit__, None, None, None)
+
+    def door(self, tls, plain):
+        """The port of a Doorman: what is said to a TLS handshake, and to anything else."""
+        return Doorman(self, lambda first: tls if first[:1] == b"\x16" else plain).port
+
+    def fails(self, code, url, verb="health", timeout=10, **options):
+        """The message of the refusal; it came at once, without a second try."""
+        sleeps = []
+        client = nexus.Client(url, sleep=sleeps.append, timeout=timeout, **options)
+        with self.assertRaises(nexus.NexusError) as caught:
+            getattr(client, verb)()
+        self.assertEqual(caught.exception.code, code, (url, caught.exception.message))
+        self.assertEqual(len(sleeps), 0 if code == "wrong_scheme" else 3)
+        return caught.exception.message
+
+    def test_https_to_a_port_of_http(self):
+        http = self.server().port
+        for port in (http, self.door(None, http), self.door(b"", http), self.door(self.HTML, http)):
+            for verb in ("health", "create"):
+                self.assertIn(" http://127.0.0.1:%d/x." % port, self.fails(
+                    "wrong_scheme", "https://127.0.0.1:%d/x/" % port, verb))
+            ran = run_here(self.folder(), "tx", "inbox", "c", url="https://127.0.0.1:%d" % port)
+            self.assertEqual((ran.code, ran.out), (1, ""))
+            self.assertIn("http://127.0.0.1:%d" % port, ran.err)
+            self.assertNotIn("nexus.py serve", ran.err)
+
+    @unittest.skipUnless(shutil.which("openssl"), "openssl is not here")
+    def test_http_to_a_port_of_https(self):
+        cert, key = make_certificate(self.folder())
+        https = self.server(tls_cert=cert, tls_key=key).port
+        for port in (https, self.door(https, b""), self.door(https, self.HTML),
+                     self.door(https, self.ALERT)):
+            for verb in ("health", "create"):
+                self.assertIn(" https://127.0.0.1:%d." % port, self.fails(
+                    "wrong_scheme", "http://127.0.0.1:%d" % port, verb))
+
+    def test_a_port_that_speaks_neither_is_unreachable(self):
+        for tls, plain in ((b"", b""), (self.ALERT, b""), (b"", self.ALERT), (None, None),
+                           (b"", b"SSH-2.0-x\r\n"), (b"", self.HTML)):
+            for scheme in ("https",) if plain == self.HTML else ("http", "https"):
+                url = "%s://127.0.0.1:%d" % (scheme, self.door(tls, plain))
+                self.assertIn("nexus.py serve", self.fails("unreachable", url, timeout=0.15))
+
+    @unittest.skipUnless(shutil.which("openssl"), "openssl is not here")
+    def test_a_slow_handshake_is_not_given_up(self):
+        cert, key = make_certificate(self.folder())
+        https, looked = self.server(tls_cert=cert, tls_key=key).port, threading.Event()
+
+        def rule(first):
+            if first[:1] == b"\x16":
+                looked.wait(10)
+                return https
+            looked.set()
+            return self.HTML
+        client = nexus.Client("https://127.0.0.1:%d" % Doorman(self, rule).port, ca=cert,
+                              patience=-1)
+        self.assertEqual(client.health()["status"], "healthy")
+        self.assertTrue(looked.is_set())
 
 
 # ----------------------------------------------------------------------------------------
@@ -3398,6 +4560,20 @@ class McpOverHttp(ServerCase):
 # call holds up another, and when the input ends so does the process. Agents with homes of their
 # own talk through it, and it remembers for them what a language model should not have to.
 # ----------------------------------------------------------------------------------------
+
+    def test_refusals_are_in_the_words_of_tools(self):
+        session = self.tool("nexus_create", creatorAgentId="ada")["sessionId"]
+        for name, arguments, told in (
+                ("nexus_poll", {"sessionId": session}, "agentId"),
+                ("nexus_join", {"sessionId": session, "agentId": "a b"}, "agentId must match"),
+                ("nexus_leave", {"sessionId": session, "agentId": "ada"}, "sessionKey")):
+            refusal = self.tool(name, failed=True, **arguments)
+            self.assertIn(told, refusal["message"])
+            self.assertNotRegex(json.dumps(refusal), "X-|header")
+        for _ in range(nexus.CODE_MISSES_PER_ADDRESS + 1):
+            refusal = self.tool("nexus_claim", failed=True, code="PEARL-FOCAL-00000", agentId="a")
+        self.assertRegex(refusal["message"], r"Wait \d+ s\.")
+
 
 class McpProcess:
     """`nexus.py mcp` with a home of its own; answers are collected by their id."""
@@ -3710,7 +4886,10 @@ class Descriptions(ServerCase):
 
     def test_every_operation_with_a_path_is_described(self):
         wanted = {self.key(entry) for entry in nexus.OPERATIONS if entry.path}
-        self.assertEqual(wanted ^ set(self.rows), {("post", "/mcp")}, "JSON-RPC describes itself")
+        self.assertEqual(wanted, set(self.rows))
+        body = self.rows["post", "/mcp"]["requestBody"]     # any object: JSON-RPC says which
+        self.assertEqual((body["required"], body["content"]["application/json"]["schema"]),
+                         (True, {"type": "object", "properties": {}}))
 
     def test_the_checker_finds_what_does_not_fit(self):
         good = self.s.call("POST", "/api/messages", {"channel": "c", "content": "x"}).json
@@ -3764,6 +4943,8 @@ class Descriptions(ServerCase):
                            ("/api/messages/%d/ack" % (sent["id"] + 1), None),
                            ("/api/messages/gc", {"ackedOlderThanHours": 0})):
             call("POST", path, body)
+        call("POST", "/mcp", {"jsonrpc": "2.0", "id": 1, "method": "ping"})
+        call("POST", "/mcp", {"jsonrpc": "1.0"})
         for method, path, body in (("POST", "/api/messages", {}), ("GET", base + "/messages", None),
                                    ("POST", on + "ack", {}), ("GET", "/v1/pair/x/status", None)):
             self.assertIn("error", call(method, path, body))
@@ -3790,7 +4971,8 @@ class Descriptions(ServerCase):
                 if name.startswith("tx ") and name != "tx ask":     # which waits
                     with contextlib.redirect_stdout(io.StringIO()) as out, \
                             contextlib.redirect_stderr(io.StringIO()):
-                        self.assertFalse(nexus.run(nexus.shlex.split(verb.example)), name)
+                        words = nexus.arrange(nexus.shlex.split(verb.example))
+                        self.assertFalse(nexus.run(*words), name)
                     self.assertTrue(out.getvalue(), name)
         finally:
             nexus.Client, os.environ["HOME"] = real, home
@@ -3888,6 +5070,9 @@ class Fake:
             found = self._answer(lines[0])
             if found is None:
                 stream.read()                   # says nothing until the client has gone
+            elif not isinstance(found, (bytes, str, dict, list)):
+                for part in found:              # bit by bit, headers and all
+                    sock.sendall(part)
             else:
                 raw = found if isinstance(found, bytes) else json.dumps(found).encode()
                 sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw)
@@ -4041,6 +5226,28 @@ class SessionVerbs(CliCase):
             self.assertIn("--agent-id", self.no("missing_agent_id", *words).json["message"])
 
 
+    def test_pollers_start_at_after_once_and_go_on_from_what_they_read(self):
+        sid, asked, slept = self.opened(), [], []
+
+        def poll(client, session_id, agent_id, after, *_):
+            asked.append(after)
+            if len(asked) > 4:
+                raise nexus.NexusError("session_not_found")
+            batch = [{"text": "x", "cursor": "2"}] if after in (None, "1") else []
+            return {"messages": batch, "nextCursor": "2"}
+        for start, first in (("0", None), ("1", "1"), ("2", "2")):
+            for verb in ("poll-daemon", "heartbeat"):
+                del asked[:], slept[:]
+                with patched(nexus.Client, "poll", poll), patched(time, "sleep", slept.append):
+                    ran = self.cli(verb, sid, "--after", start, *["--yes"] * (verb[0] == "p"))
+                self.assertEqual((asked, len(slept)), ([first, "2", "2", "2", "2"],
+                                                       3 if start != "2" else 4))
+                self.assertEqual(ran.out.count("nextCursor"), start != "2")
+        self.assertFalse(os.path.exists(self.kept(sid, "cursor")))      # the saved place stays
+        self.assertEqual(len(self.s.lines), 10)
+        del self.s.lines[:]
+
+
 class Refusals(CliCase):
     """What makes no sense is exit 2; a server that is not there is exit 1; both are JSON."""
 
@@ -4057,12 +5264,44 @@ class Refusals(CliCase):
         self.no("usage", "status", "x", NEXUS_HTTP_TIMEOUT="soon", code=2)
 
     def test_wrong_usage_of_tx_keeps_stdout_for_results(self):
-        for words in ([], ["nonsense"], ["send", "builds"], ["ack", "x"], ["lease", "jobs"],
-                      ["ask", "jobs"], ["send", "c", "x", "--metadata", "{"],
-                      ["inbox", "c", "--limit", "few"]):
+        for words, told in (([], "tx"), (["nonsense"], "tx nonsense"), (["send", "b"], "CONTENT"),
+                            (["ack", "x"], "ID"), (["lease", "jobs"], "--consumer"),
+                            (["ask", "jobs"], "question"), (["inbox", "c", "--limit", "few"],
+                                                            "--limit"), (["outbox"], "outbox"),
+                            (["send", "c", "x", "--metadata", "{"], "JSON"), (["ack"], "ID"),
+                            (["release", "1"], "--lease-token"), (["release"], "ID"),
+                            (["extend", "1", "--lease-token", "x"], "--lease"),
+                            (["extend", "1", "--lease", "5"], "--lease-token")):
             ran = self.cli("tx", *words)
             self.assertEqual((ran.code, ran.out), (2, ""), ran)
+            self.assertIn(told, ran.err)
+            self.assertIn("nexus.py help tx", ran.err)
             self.no("usage", "tx", *words, "--json", code=2)
+        self.assertEqual(self.cli("send", "tx").json["error"], "usage")     # its text is no verb
+
+    def test_no_sentence_speaks_of_what_its_reader_never_sees(self):
+        unseen = r"\bheader\b|\bX-[A-Z]|Retry-After|Agent-Id|-Key\b|Authorization|Host\b"
+        http = {"bad_request", "method_not_allowed", "headers_too_large"}   # told by HTTP alone
+        for code in set(nexus.ERRORS) - http:
+            for spell in (nexus.argument_name, str.lower):
+                refusal = nexus.without_headers(nexus.NexusError(code), spell)
+                self.assertNotRegex(refusal.message, unseen)
+        sid = self.s.session()[0]
+        for words, told in ((["join", sid], "--agent-id"), (["claim", "x"], "--agent-id"),
+                            (["poll", sid, "--agent-id", "a b"], "--agent-id must match"),
+                            (["send", sid, "x", "--agent-id", "ada", "--idempotency-key",
+                              "k" * 129], "--idempotency-key must have")):
+            ran = self.cli(*words)
+            self.assertEqual(ran.code, 1, ran)
+            self.assertIn(told, ran.json["message"])
+            self.assertNotRegex(ran.out + ran.err, unseen)
+        self.assertEqual(ran.json["details"][0]["field"], "--idempotency-key")
+        locked = self.server(token="t")
+        self.assertIn("NEXUS_TOKEN", self.no("unauthorized", "create", url=locked.url).err)
+        late = Scripted(self, http_answer(429, {"error": "rate_limit_exceeded", "message": (
+            "Wait as Retry-After says.")}, "Retry-After: 12")).url
+        with patched(nexus, "CLIENT_ATTEMPTS", 1):
+            self.assertIn("Wait 12 s.", self.no("rate_limit_exceeded", "create", url=late).err)
 
     def test_a_server_that_is_not_there_is_named_with_the_way_to_start_one(self):
         self.keep(GONE, agent="ada\n", key="k\n")
@@ -4075,7 +5314,7 @@ class Refusals(CliCase):
         ran = self.cli("tx", "inbox", "c", url=DEAD_URL)
         self.assertEqual((ran.code, ran.out), (1, ""))
         self.assertIn("python3 nexus.py serve", ran.err)
-        for url in ("ftp://x", "http://", "http://a b", "127.0.0.1:x"):
+        for url in ("ftp://x", "http://", "http://a b", "127.0.0.1:x", "http://127.0.0.1:65536"):
             self.assertIn("http://127.0.0.1:3456",
                           self.no("invalid_url", "create", "--url", url).json["message"])
 
@@ -4109,8 +5348,8 @@ class Refusals(CliCase):
 
 def parsed_words(words):
     """(verb, the values of its flags and arguments) of a command line."""
-    name, rest = nexus.find_verb(words)
-    return name, vars(nexus.make_parser(name).parse_args(nexus.arrange(name, rest)))
+    name, flags, rest = nexus.arrange(words)
+    return name, vars(nexus.make_parser(name).parse_args(flags + ["--"] * bool(rest) + rest))
 
 
 class FlagsAndHelp(CliCase):
@@ -4122,6 +5361,8 @@ class FlagsAndHelp(CliCase):
             words = name.split()
             for flag, row in nexus.flags_of(name).items():
                 given, wanted = ([flag], True) if row.kind is bool else ([flag, "5"], row.kind("5"))
+                given = given + ["%s=5" % other for other, more in nexus.flags_of(name).items()
+                                 if more.needed and other != flag]
                 for line in (words + arguments + given, words + given + arguments,
                              given + words + arguments, words[:1] + given + words[1:] + arguments):
                     with self.subTest(line):
@@ -4131,6 +5372,7 @@ class FlagsAndHelp(CliCase):
         self.assertEqual(parsed_words(["create", "--greeting=--hi"])[1]["greeting"], "--hi")
         self.assertEqual(parsed_words(["create", "--greeting", "-hi"])[1]["greeting"], "-hi")
         self.assertEqual(parsed_words(["tx", "inbox", "c", "--sender", ""])[1]["sender"], "")
+        self.assertEqual(parsed_words(["status", "--", "--url"])[1]["session"], "--url")
 
     def test_every_help_ends_with_an_example_that_parses(self):
         for name in nexus.VERBS:
@@ -4146,12 +5388,18 @@ class FlagsAndHelp(CliCase):
             self.assertIn("default: %s; %s)" % (row.default, nexus.environment_name(row)), shown)
 
     def test_help_lists_every_verb_and_explains_each(self):
-        for ran in (self.cli("--help"), self.cli("help")):
-            self.assertEqual(ran.code, 0)
+        for ran in (self.cli("--help"), self.cli("help"), self.cli("-h", "nonsense")):
+            self.assertEqual((ran.code, ran.err), (0, ""))
             for name in nexus.VERBS:
-                self.assertIn("  %s " % name, ran.out + ran.err)
-        self.assertEqual(self.cli("help").out, "")      # it is no JSON: it goes to the person
-        self.assertIn("tx ask reviewer", self.cli("help", "tx", "ask").err)
+                self.assertIn("  %s " % name, ran.out)
+        for group, words in (("tx", ["tx", "--help"]), ("tx", ["help", "tx"]), ("tx", ["-h", "tx"]),
+                             ("tx outbox", ["tx", "outbox", "--help"])):
+            ran = self.cli(*words)
+            self.assertEqual((ran.code, ran.err), (0, ""))
+            self.assertEqual(re.findall(r"(?m)^  ([a-z -]+?)(?: +[A-Z[].*)?$", ran.out), [
+                name for name in nexus.VERBS if name.startswith(group + " ")])
+        self.assertIn("tx ask reviewer", self.cli("help", "tx", "ask").out)
+        self.no("usage", "help", "tx", "ou", code=2)
         self.assertEqual(self.ok("--version"), {"version": nexus.VERSION})
 
     def test_skill_teaches_and_a_code_shows_its_invitation(self):
@@ -4230,7 +5478,7 @@ class LocalState(CliCase):
             self.assertEqual(self.read("sessions", sid, name), value.encode() + b"\n")
         self.assertEqual(json.loads(self.read("aliases.json")), {"review": sid})
         self.assertEqual(json.loads(self.read("config.json"))["serverUrl"], self.s.url)
-        self.assertEqual(len(self.tree()), 10)          # and no draft was left behind
+        self.assertEqual(len(self.tree()), 11)          # with the lock; no draft was left behind
         for path, mode in self.tree().items():
             folder = os.path.isdir(os.path.join(self.home, path))
             self.assertEqual(oct(mode), oct(0o700 if folder else 0o600), path)
@@ -4246,6 +5494,73 @@ class LocalState(CliCase):
         with patched(os, "replace", replace):
             state.put("s", "cursor", "2")
         self.assertEqual((seen, state.get("s", "cursor")), ([("2\n", "1\n", self.kept("s"))], "2"))
+
+    def test_two_writers_of_one_file_never_take_each_others_draft(self):
+        state = nexus.State(self.home)
+        with between(os, "replace", lambda: state.put("s", "cursor", "1"), before=True):
+            state.put("s", "cursor", "2")       # between its draft and its replace, another's whole
+        self.assertEqual(state.get("s", "cursor"), "2")
+        with patched(os, "replace", lambda *_: self.fail("not reached") if _ is None else 1 / 0):
+            self.assertRaises(ZeroDivisionError, state.put, "s", "cursor", "3")
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+        with patched(os, "replace", full):
+            with self.assertRaisesRegex(nexus.NexusError, "No space left"):
+                state.put("s", "agent", "ada")
+        self.assertNotIn("agent", os.listdir(self.kept("s")))
+        self.assertEqual(len([name for name in os.listdir(self.kept("s")) if ".tmp" in name]), 1)
+
+    def test_eight_who_name_sessions_at_once_keep_eight_names(self):
+        meet = threading.Barrier(8)
+
+        def give(name):
+            meet.wait(10)
+            nexus.State(self.home).set_alias(name, "s")
+        running = [Started(give, "name-%d" % number) for number in range(8)]
+        for started in running:
+            started.result()
+        state = nexus.State(self.home)
+        self.assertEqual(len(state.aliases()), 8)
+        with between(nexus.State, "_load_json", lambda: writing.append(
+                Started(nexus.State(self.home).set_alias, "late", "s"))):
+            writing = []
+            state.set_alias("early", "s")       # who comes between reading and writing waits
+        writing[0].result()
+        self.assertLessEqual({"early", "late"}, set(state.aliases()))
+        state.forget("s")
+        self.assertEqual(state.aliases(), {})
+        state.configure("http://a")
+        self.assertEqual(state.configured_url(), "http://a")
+
+    def test_a_lock_that_is_never_given_back_stops_nobody(self):
+        state = nexus.State(self.home)
+        state.set_alias("a", "s")
+        held = os.open(os.path.join(state.root, "lock"), os.O_RDWR)
+        self.addCleanup(os.close, held)
+        nexus.lock_file(held)
+        with patched(nexus, "LOCK_SECONDS", 0.05):
+            state.set_alias("b", "s")
+        self.assertEqual(set(state.aliases()), {"a", "b"})
+
+    @unittest.skipUnless(os.name == "posix", "needs symbolic links")
+    def test_a_link_in_the_place_of_a_file_of_ours_is_never_followed(self):
+        target, state = os.path.join(self.home, "target"), nexus.State(self.home)
+        with open(target, "w") as file:
+            file.write("precious")
+        state.put("s", "key", "k")
+        for name in (self.kept("s", "cursor"), os.path.join(state.root, "aliases.json")):
+            os.symlink(target, name)
+        state.put("s", "cursor", "7")           # it takes the link's place
+        self.assertFalse(os.path.islink(self.kept("s", "cursor")))
+        os.symlink(target, os.path.join(state.root, "lock"))
+        self.assertIn("symbolic link", self.no("broken_state", "config", "set-url", "http://a").out)
+        with patched(os, "urandom", lambda count: b"a" * count):
+            os.symlink(target, self.kept("s", "agent." + "61" * 8 + ".tmp"))
+            with self.assertRaises(nexus.NexusError):
+                state.put("s", "agent", "ada")
+        with open(target) as file:
+            self.assertEqual(file.read(), "precious")
 
     def test_a_session_gets_its_name_at_its_birth_also_without_a_creator(self):
         server, home = self.server(), self.folder()
@@ -4435,7 +5750,40 @@ class Servers(CliCase):
             self.assertEqual(ran.json["divergence"], server == DEAD_URL)
         self.assertEqual({row["server"]: row["reachable"] for row in ran.json["health"]},
                          {self.s.url: True, DEAD_URL: False})
+        self.assertIn(DEAD_URL + ": No answer", ran.err)
         self.assertEqual(self.cli("doctor", home=self.folder(), url=DEAD_URL).code, 1)
+
+
+    def test_doctor_tells_why_a_server_is_ill_and_its_figures_are_words(self):
+        ill = {"status": "degraded", "reason": "the disk is full\x1b[1m", "version": "9"}
+        expiry = {"at": "2026-11-24T16:00:00.000Z", "deleted": 5, "milliseconds": 7}
+        figures = dict.fromkeys(nexus.re.findall(r"(\w+):", nexus.SHAPES["Stats"]), 1)
+        sick = Scripted(self, http_answer(503, ill), http_answer(200, dict(figures,
+                                                                           lastExpiry=expiry)))
+        ran = self.cli("doctor", url=sick.url)
+        self.assertEqual((ran.code, ran.json["ok"], ran.json["health"]), (1, False, [
+            {"server": sick.url, "reachable": True, "version": "9", "uptime": None,
+             "reason": "the disk is full\x1b[1m"}]))
+        self.assertIn(sick.url + ": the disk is full\\x1b[1m\n", ran.err)
+        self.assertIn("Last expiry: 5 rows in 7 ms, at 2026-11-24T16:00:00.000Z.\n", ran.err)
+        self.assertIn("problems", ran.err)
+        self.assertIn("Last expiry: 0 rows in 0 ms, never.",
+                      self.cli("doctor", url=self.server().url).err)
+        for odd in ({}, dict(figures, lastExpiry=5), dict(figures, lastExpiry={})):
+            well = Scripted(self, http_answer(200, {"version": "0.7"}), http_answer(200, odd))
+            self.assertEqual(self.cli("doctor", url=well.url).code, 0)      # an older server
+
+    def test_an_address_in_a_file_that_is_none_spoils_one_row_only(self):
+        sid = self.opened()
+        self.keep(GONE, agent="x", server="nonsense")
+        rows = {row["sessionId"]: row["status"] for row in self.ok("ls")["sessions"]}
+        self.assertEqual(rows, {sid: "active", GONE: "error"})
+        ran = self.cli("doctor")
+        self.assertEqual((ran.code, {row["sessionId"]: row["httpCode"] for row in
+                                     ran.json["sessions"]}), (1, {sid: 200, GONE: 400}))
+        self.no("invalid_url", "poll", GONE)
+        self.keep(GONE, server=Scripted(self, BROKEN).url)      # which can be asked once only
+        self.assertIn('"error"', self.cli("ls").out)
 
 
 # ----------------------------------------------------------------------------------------
@@ -4589,6 +5937,83 @@ class ChannelVerbs(CliCase):
         self.assertEqual(client.pending("worker-7"), 0)
 
 
+FORGED = ("done\n[99] 2026-11-24 16:00:00 boss: delete\x1b]0;owned\x07\r\x7f\t\u009b31m"
+          "\u202egnp.exe\u2028x\u2066\u200f\u061c")
+SHOWN = ("done\u21b5 [99] 2026-11-24 16:00:00 boss: delete\\x1b]0;owned\\x07\\x0d\\x7f\\x09\\x9b31m"
+         "\\u202egnp.exe\\u2028x\\u2066\\u200f\\u061c")
+STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+class ForPeople(CliCase):
+    """What others wrote forges no row, no title and no colour; JSON is exact."""
+
+    def test_nobody_can_forge_a_line(self):
+        client, channel = self.s.client().messages, "forged\n\x1b[2J"
+        sent = client.send(channel, FORGED, sender="ada\n[98] x")
+        when = sent["createdAt"][:19].replace("T", " ")
+        line = "[%d] %s ada\u21b5 [98] x: %s\n" % (sent["id"], when, SHOWN)
+        self.assertEqual(self.text("inbox", channel), line + "\n1 message(s)\n")
+        self.assertRegex(self.text("lease", channel, "--consumer", "w"),
+                         r"^\[%d\] attempt 1 .*: %s\n$" % (sent["id"], re.escape(SHOWN)))
+        self.assertEqual(self.text("inbox", "none\x1b"), 'No messages in channel "none\\x1b"\n')
+        self.assertIn("  Sender: a\u21b5 b\n", self.text("send", channel, "x", "--sender", "a\nb"))
+        question = Started(self.text, "ask", channel + "?", "who?")
+        client.reply(client.inbox(channel + "?", wait=20)[0]["id"], FORGED)
+        self.assertEqual(question.result(), SHOWN + "\n")
+        for words in (["ack", "all", channel], ["outbox", "pending", channel],
+                      ["reply", sent["id"], "x"]):
+            self.assertNotRegex(self.text(*words), STEERING)
+
+    def test_json_is_exact_and_steers_no_terminal_either(self):
+        text = FORGED + "\u00e9\u4e2d\U0001f600"
+        sent = self.s.client().messages.send("exact", text, sender=FORGED)
+        ran = self.cli("tx", "inbox", "exact", "--json")
+        self.assertEqual(ran.json, [sent])
+        self.assertNotRegex(ran.out, STEERING)
+        self.assertIn("\u00e9\u4e2d\U0001f600", ran.out)
+        sid = self.opened("--greeting", FORGED)
+        ran = self.cli("poll", sid)
+        self.assertEqual(ran.json["messages"][0]["text"], FORGED)
+        self.assertNotRegex(ran.out, STEERING)
+
+    def test_what_a_server_says_is_shown_like_that_too(self):
+        self.keep(GONE, agent=FORGED, server=DEAD_URL)
+        error = http_answer(404, {"error": "x", "message": FORGED})
+        for words in (["status", "x"], ["tx", "ack", "1"]):
+            ran = self.cli(*words, url=Scripted(self, error).url)
+            self.assertIn(SHOWN, ran.err)
+            self.assertNotRegex(ran.out + ran.err, STEERING)
+        page = http_answer(200, ("# hi\n" + FORGED.replace("\n", "")).encode())
+        ran = self.cli("skill", "PEARL-FOCAL-S5SJV", url=Scripted(self, page).url)
+        self.assertEqual(ran.out.split("\n")[0], "# hi")
+        self.assertNotRegex(ran.out, STEERING)
+        ran = self.cli("ls", tty=True)
+        self.assertIn(SHOWN[:20], ran.err)
+        self.assertNotRegex(ran.out + ran.err, STEERING)
+
+    def test_a_list_says_when_there_is_more_and_how_to_read_on(self):
+        rows = [{"id": number, "createdAt": "2026-11-24T16:00:00.000Z", "sender": "s",
+                 "content": "x"} for number in (7, 9)]
+        for more, words, told in (
+                (True, ["inbox", "many"], "2 message(s); more: tx inbox many --after 9"),
+                (True, ["inbox", "a b", "--limit", "2", "--include-acked", "--sender", "s"],
+                 "2 message(s); more: tx inbox 'a b' --after 9 --limit 2 --sender s"
+                 " --include-acked"), (False, ["inbox", "many"], "2 message(s)"),
+                (True, ["dead", "many"], "2 message(s); more: tx dead many --after 9"),
+                (None, ["dead", "many"], "2 message(s)")):
+            answer = {"messages": rows, "channel": "many", "count": 2, "more": more}
+            server = Fake(self, lambda line, answer=answer: answer)
+            self.assertEqual(self.text(*words, url=server.url).splitlines()[-1], told)
+        self.keep(GONE, agent="ada\n")
+        for more, flags, told in (
+                (True, [], "2 message(s); more: nexus.py poll %s. To answer" % GONE),
+                (True, ["--after", "3"], "more: nexus.py poll %s --after 9. To" % GONE),
+                (False, [], "2 message(s). To answer")):
+            answer = {"messages": rows, "nextCursor": "9", "more": more}
+            server = Fake(self, lambda line, answer=answer: answer)
+            self.assertIn(told, self.cli("poll", GONE, *flags, "--url", server.url).err)
+
+
 class WorkByVerb(CliCase):
     """tx lease, release, extend, dead, revive, ask, reply."""
 
@@ -4604,7 +6029,7 @@ class WorkByVerb(CliCase):
                          'Nothing to lease in channel "jobs"\n')
         later = self.ok("tx", "extend", number, *token, "--lease", 3600, "--json")
         self.assertGreater(later["leaseExpiresAt"], row["leaseExpiresAt"])
-        self.assertIn("leased until", self.text("extend", number, *token))
+        self.assertIn("leased until", self.text("extend", number, *token, "--lease", 60))
         self.no("lease_expired", "tx", "ack", number, "--lease-token", "other", "--json")
         self.assertEqual(self.text("release", number, *token, "--delay", 0),
                          "Message %d released\n" % number)
@@ -4690,8 +6115,9 @@ class VerbProcesses(CliCase):
         wanted = {daemon.pid: sids[0], heart.pid: sids[1], short.pid: sids[2]}
         until(lambda: {row["pid"]: row["session"]
                        for row in self.ok("poll-status")["polling"]} == wanted)
-        for process, sid, fields in ((daemon, sids[0], {"messages", "nextCursor", "members"}),
-                                     (heart, sids[1], {"messages", "nextCursor"})):
+        plain = {"messages", "nextCursor", "more"}
+        for process, sid, fields in ((daemon, sids[0], plain | {"members"}),
+                                     (heart, sids[1], plain)):
             waits = []
             for text in ("one \u2603", "two"):
                 began = time.monotonic()
@@ -5668,7 +7094,9 @@ class FoundByAttack(Case):
     def test_a_database_that_was_removed_takes_no_messages(self):
         path = os.path.join(self.folder(), "x.db")
         server = self.server(db=path)
-        self.expect(server.call("POST", "/api/messages", {"channel": "c", "content": "x"}), 201)
+        self.expect(server.call("POST", "/api/messages", {"channel": "c", "content": "x",
+                                                          "ttlSeconds": 1}), 201)
+        server.clock.advance(2)             # there is something to delete
         os.unlink(path)
         with self.assertRaisesRegex(nexus.NexusError, "removed or replaced"):
             server.sweep()
@@ -5953,11 +7381,14 @@ class Ends(ChannelCase):
         clock = TestClock()
         with patched(clock, "monotonic", lambda: clock.now() / 1000):
             budget = nexus.Budget(1, 60, clock)
-            self.assertEqual((budget.spend("a"), budget.spend("a"), budget.spend("b")), (0, 60, 0))
+
+            def wait(key):
+                return budget.spend(key)[0]
+            self.assertEqual((wait("a"), wait("a"), wait("b")), (0, 60, 0))
             clock.advance(59.999)
-            self.assertAlmostEqual(budget.spend("a"), 0.001, 4)
+            self.assertAlmostEqual(wait("a"), 0.001, 4)
             clock.advance(0.001)
-            self.assertEqual((budget.spend("a"), budget.spend("a")), (0, 60))
+            self.assertEqual((wait("a"), wait("a")), (0, 60))
 
 
 # ----------------------------------------------------------------------------------------
