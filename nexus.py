@@ -64,6 +64,7 @@ class Later:
 
 
 argparse = Later("argparse")
+calendar = Later("calendar")
 futures = Later("concurrent.futures", "futures")
 hashlib = Later("hashlib")
 hmac = Later("hmac")
@@ -109,8 +110,12 @@ DEFAULT_LEASE = 60              # seconds of a lease when none are given
 DEFAULT_ASK = 60                # seconds that ask waits when none are given
 MAX_ASK = 3600                  # seconds that the tool tx_ask may wait
 MAX_LEASE_SECONDS = 3600        # a worker that needs longer extends its lease
+MANY_BYTES = 500000             # of them in a request of our client: half of --max-body
+MAX_MANY = 1000                 # messages sent, or acks, in one request and one commit
+DEFAULT_CHANNELS = 100          # channels in one answer when no limit is given
 MAX_LEASES_AT_ONCE = 100        # messages in one lease answer
 MAX_NAME = 256                  # characters in a channel, sender, task or correlation id
+MAX_RETRY_KEY = 128             # characters in an Idempotency-Key
 MAX_AGENT_ID = 128              # characters in an agent id
 AGENT_ID_PATTERN = "[A-Za-z0-9_-]{1,%d}" % MAX_AGENT_ID
 MAX_MESSAGE_TTL = 3155760000    # seconds: a hundred years, so that a date stays a date
@@ -152,6 +157,10 @@ CLIENT_SECONDS = 10             # for each of them, all in all, waiting not coun
 PROBE_SECONDS = 3               # for a look at a server, by ls and doctor, which ask once
 HELLO_SECONDS = 0.5             # silence in a TLS handshake before we ask: is it plain http?
 LOCK_SECONDS = 5                # we wait for another command that changes aliases or config
+KEEP_SECONDS = 50               # an idle connection of our client is used again within this: the
+                                # server closes it after IDLE_SECONDS
+KEEP_IDLE = 16                  # idle connections that one client keeps
+LONGEST_PAUSE = 30              # seconds between tries of who follows, doubling from 1
 CLIENT_BACKOFF = 0.2            # seconds before the second try; doubles; jitter of +-50 %
 MCP_LINE = 4 * 1024 * 1024      # bytes in one JSON-RPC line on stdin
 
@@ -336,9 +345,15 @@ class NexusError(Exception):
         return TAGS.get(self.code, plain)
 
 
+def faulty(faults):
+    """The error for faults in a request, each {"field", "message"}; its sentence names them all."""
+    return NexusError("invalid_request", "Faults in the request: %s." % "; ".join(
+        "%s %s" % (fault["field"], fault["message"]) for fault in faults), details=faults)
+
+
 def invalid(field, message):
-    """The error for a single fault in a request."""
-    return NexusError("invalid_request", details=[{"field": field, "message": message}])
+    """The error for a single fault."""
+    return faulty([{"field": field, "message": message}])
 
 
 def slow_down(code, seconds, message=None):
@@ -1225,14 +1240,15 @@ class Pending:
     thread sleeps once for each message, for the next one, and not twice.
     """
 
-    __slots__ = ("_db", "job", "_then", "_done", "result", "error")
+    __slots__ = ("_db", "job", "_then", "_done", "weight", "result", "error")
 
-    def __init__(self, db, job, then=lambda result: result):
+    def __init__(self, db, job, then=lambda result: result, weight=1):
         self._db, self.job, self._then = db, job, then
+        self.weight = weight            # messages that it stores, for MAX_BATCH
 
     def to(self, step):
         """The same, with step(answer) in place of the answer."""
-        return Pending(self._db, self.job, lambda result: step(self._then(result)))
+        return Pending(self._db, self.job, lambda result: step(self._then(result)), self.weight)
 
     def start(self, done):
         """Queue it; done(answer, error) must not wait for anything."""
@@ -1515,7 +1531,10 @@ class Database:
         while self._queue and self._writer_lock.acquire(wait):
             self._relieve = again
             try:
-                batch = [self._queue.popleft() for _ in range(min(len(self._queue), MAX_BATCH))]
+                batch, room = [], MAX_BATCH
+                while self._queue and room > 0:
+                    batch.append(self._queue.popleft())
+                    room -= batch[-1].weight
                 if batch:
                     self._commit(batch)
             finally:
@@ -2061,18 +2080,23 @@ class Sessions:
             raise NexusError("idempotency_key_reused")
         return self._sent(row[0], row[1] & 0xFFFFFFFF, row[2], row[3])
 
-    def poll(self, session_id, agent_id, after, limit, wait, members, caller):
-        """Messages after a cursor (None: from the very beginning), waiting for one if told to."""
+    def poll(self, session_id, agent_id, after, limit, wait, members, caller, others=False):
+        """Messages after a cursor (None: from the very beginning), waiting for one if told to.
+
+        With `others` those of the agent itself are passed over, and so is the cursor.
+        """
         floor, session = -1 if after is None else after, None
 
         def look():
-            nonlocal session
+            nonlocal floor, session
             now = self.clock.now()
             session = self._as_member(self._look_up(session_id, agent_id))
             self._touch(session.num, agent_id, now)
             if floor >= session.last_cursor:
                 return None
-            rows, more = self._page(session, floor, limit, now)
+            rows, more = self._page(session, floor, limit, now, agent_id if others else "")
+            floor = max(floor, rows[-1][0] if rows and (more or not others) else
+                        session.last_cursor if others else -1)
             return rows and (rows, more)
 
         def due():
@@ -2084,18 +2108,18 @@ class Sessions:
             found = self.waiters.wait(session_place(session.num), look, wait, caller, due)
         rows, more = found or ((), False)
         answer = {"messages": [self._message(session, row) for row in rows],
-                  "nextCursor": str(rows[-1][0]) if rows else str(after or 0), "more": more}
+                  "nextCursor": str(max(floor, 0)), "more": more}
         if members:
             answer["members"] = self._members(session.num)
         return answer
 
-    def _page(self, session, floor, limit, now):
+    def _page(self, session, floor, limit, now, but=""):
         first = session.num << 32
         return self.db.read_page(
             "SELECT place & 4294967295, id, agent_id, text, json, verified, created_at, expires_at"
             " FROM session_messages WHERE place > ? AND place <= ?"
-            " AND (expires_at IS NULL OR expires_at > ?) ORDER BY place",
-            (first + floor, first + session.last_cursor, now), limit,
+            " AND (expires_at IS NULL OR expires_at > ?) AND agent_id <> ? ORDER BY place",
+            (first + floor, first + session.last_cursor, now, but), limit,
             lambda row: len(row[3]) + len(row[4] or ""))
 
     def _message(self, session, row):
@@ -2379,6 +2403,11 @@ def wire_message(row, now=None):
     return message
 
 
+def already_acked(message_id):
+    """The refusal to acknowledge what somebody has acknowledged."""
+    return NexusError("message_already_acked", "Message already acked: %d" % message_id)
+
+
 class Channels:
     """Everything that door 2 stores. Methods return wire objects and raise NexusError."""
 
@@ -2399,7 +2428,7 @@ class Channels:
     def _pending(self, db, message_id, now):
         row = self._one(db, message_id, now)
         if row.acked_at is not None:
-            raise NexusError("message_already_acked", "Message already acked: %d" % message_id)
+            raise already_acked(message_id)
         return row
 
     def _leased(self, db, message_id, token, now):
@@ -2491,6 +2520,13 @@ class Channels:
         return Pending(self.db, lambda db: self._insert(db, draft, retry),
                        lambda found: self._stored(draft.channel, found))
 
+    def send_many(self, drafts):
+        """Store several (new_message(), retry) in one commit, all or none; a Pending of a list."""
+        return Pending(
+            self.db, lambda db: [self._insert(db, *each) for each in drafts],
+            lambda found: [self._stored(draft.channel, each)
+                           for (draft, _), each in zip(drafts, found)], len(drafts))
+
     def _insert(self, db, draft, retry):
         """Store a draft inside a commit, unless its retry key has stored it before.
 
@@ -2570,6 +2606,30 @@ class Channels:
         return self._change(message_id, lambda row, now: row._replace(
             acked_at=now, lease_token=None), token)
 
+    def _finish(self, db, acks):
+        """Acknowledge what can be of [{id, lease_token?}] inside a commit; what became of each."""
+        now, results, changes = self.clock.now(), [], {}
+        for ack in acks:
+            results.append({"id": ack["id"], "ok": True})
+            try:
+                if ack["id"] in changes:
+                    raise already_acked(ack["id"])
+                row = self._leased(db, ack["id"], ack["lease_token"], now) \
+                    if "lease_token" in ack else self._pending(db, ack["id"], now)
+            except NexusError as refusal:
+                results[-1].update(ok=False, error=refusal.code, message=refusal.message)
+            else:
+                changes[row.id] = row, row._replace(acked_at=now, lease_token=None)
+        changes = list(changes.values())
+        while changes:                  # older SQLites take 999 question marks at the most
+            self._save(db, changes[:GROUP])
+            del changes[:GROUP]
+        return results
+
+    def ack_many(self, acks):
+        """Acknowledge each of [{id, lease_token?}], if it can be, in one commit: the results."""
+        return Pending(self.db, lambda db: self._finish(db, acks), weight=len(acks)).wait()
+
     def ack_all(self, channel):
         """Acknowledge what is pending now, in steps that leave room for senders; the count."""
         (last,), = self.db.read("SELECT COALESCE(MAX(id), 0) FROM messages WHERE channel = ?"
@@ -2645,9 +2705,15 @@ class Channels:
         if self.db.read("SELECT value FROM counters WHERE name = 'max_attempts'") != [(most,)]:
             self.db.write(job)
 
-    def lease(self, channel, consumer, limit, seconds, wait, caller):
-        """Give out the oldest pending messages that nobody holds, each with a token."""
+    def lease(self, channel, consumer, limit, seconds, wait, acks, caller):
+        """Give out the oldest pending messages that nobody holds, each with a token.
+
+        In the same commit `acks` are acknowledged first: (messages, what became of each ack).
+        """
+        results = None
+
         def job(db):
+            finished = self._finish(db, acks) if results is None else results
             now, left, taken = self.clock.now(), ANSWER_BYTES, []
             for row in map(Message._make, db.execute(
                     LEASABLE, (channel, FREE, now, channel, channel, now, limit)).fetchall()):
@@ -2660,9 +2726,10 @@ class Channels:
             fresh = [row.id for row, _ in taken if not row.free_at]
             if fresh:
                 db.execute("UPDATE channels SET frontier = ? WHERE name = ?", (fresh[-1], channel))
-            return [wire_message(row, now) for _, row in taken]
+            return [wire_message(row, now) for _, row in taken], finished
 
         def look():
+            nonlocal results
             # Ask beside the writers first: who waits for work would otherwise commit nothings.
             now = self.clock.now()
             (run_out, free), = self.db.read(
@@ -2670,10 +2737,13 @@ class Channels:
                     RUN_OUT, LEASABLE), (now, channel, FREE, now, channel, channel, now, 1))
             if run_out:
                 self.settle()
-            return self.db.write(job) if run_out or free else []
+            if not (run_out or free or acks and results is None):
+                return []
+            messages, results = self.db.write(job)
+            return messages
 
         return self.waiters.wait(channel_place(channel), look, wait, caller,
-                                 due=lambda: self._next_free(channel))
+                                 due=lambda: self._next_free(channel)), results or []
 
     def _next_free(self, channel):
         """Seconds until a lease or delay in the channel ends; long ones if there is none."""
@@ -2729,6 +2799,35 @@ class Channels:
             return channel, found
 
         return Pending(self.db, job, lambda result: self._stored(*result))
+
+    def list(self, prefix, after, limit):
+        """(channels by name, more): each with its counts, oldest pending and last message."""
+        now = self.clock.now()
+        rows, more = self.db.read_page("""
+            WITH over AS (SELECT channel, COUNT(*) AS pending, COUNT(lease_token) AS leased,
+                            COUNT(CASE WHEN free_at = ? THEN 1 END) AS dead
+                          FROM messages WHERE expires_at <= ? AND acked_at IS NULL GROUP BY 1),
+              ran AS (SELECT channel, COUNT(lease_token) AS out,
+                        COUNT(CASE WHEN attempts >= ? THEN 1 END) AS died
+                      FROM messages WHERE {1} AND {0} GROUP BY 1)
+            SELECT name, c.pending - COALESCE(over.pending, 0),
+              c.leased - COALESCE(over.leased, 0) - COALESCE(ran.out, 0),
+              c.dead - COALESCE(over.dead, 0) + COALESCE(ran.died, 0),
+              (SELECT created_at FROM messages WHERE channel = name AND acked_at IS NULL AND {0}
+               ORDER BY id LIMIT 1),
+              (SELECT MAX(created_at) FROM (SELECT * FROM (
+                 SELECT created_at FROM messages WHERE channel = name AND acked_at IS NULL
+                 ORDER BY id DESC LIMIT 1) UNION ALL SELECT * FROM (
+                 SELECT created_at FROM messages WHERE channel = name AND acked_at IS NOT NULL
+                 ORDER BY id DESC LIMIT 1)))
+            FROM channels c LEFT JOIN over ON over.channel = name LEFT JOIN ran
+              ON ran.channel = name
+            WHERE name > ? AND name >= ? AND name < ? ORDER BY name""".format(LIVING, RUN_OUT), (
+                DEAD, now, self.settings.max_attempts, now, now, now, after, prefix,
+                prefix + "\U0010ffff"), limit, lambda row: len(row[0]))
+        return [{"channel": name, "pending": pending, "leased": leased, "dead": dead,
+                 "oldestPendingAt": iso(oldest), "lastMessageAt": iso(last)}
+                for name, pending, leased, dead, oldest, last in rows], more
 
     def figures(self):
         """Counts for /v1/stats: (pending, when the oldest of them was sent, leased, dead).
@@ -2914,15 +3013,17 @@ def camel(name):
 class Field:
     """One input: where it comes from, its JSON type, its bounds.
 
-    `low` and `high` bound a number or the length of a string; `high` may name a setting.
+    `low` and `high` bound a number or the length of a string or list; `high` may name a setting.
+    A list has objects in it, with the fields `items`.
     `missing` is the error code for its absence, where that is not invalid_request. As an MCP
     argument it is called `tool`, and said to be of `tool_kind`. Name, need and default are taken
     from the function's head.
     """
 
     def __init__(self, source, kind="string", help="", low=None, high=None, pattern=None,
-                 header=None, missing=None, tool=None, tool_kind=None):
+                 header=None, missing=None, tool=None, tool_kind=None, items=()):
         self.source, self.kind, self.help, self.low, self.high = source, kind, help, low, high
+        self.items = items
         self.pattern, self.header, self.missing, self.tool = pattern, header, missing, tool
         self.tool_kind = tool_kind or kind
         self.name = self.argument = self.required = self._regex = None
@@ -2942,6 +3043,8 @@ class Field:
         """The value as the operation gets it. Raises ValueError with what is wrong with it."""
         if isinstance(value, str) and self.source != "body":
             value = self._read_text(value)
+        if self.items:
+            return self._check_items(value, settings)
         high = self.high
         return self._check(value, getattr(settings, high) if isinstance(high, str) else high)
 
@@ -2999,10 +3102,46 @@ class Field:
             raise ValueError("must be an object")
         return value
 
+    def _check_items(self, value, settings):
+        if not isinstance(value, list) or not self.low <= len(value) <= self.high:
+            raise ValueError("must be a list of %d to %d objects" % (self.low, self.high))
+        checked, faults = [], []
+        for number, item in enumerate(value):
+            place = "%s[%d]" % (self.name, number)
+            if not isinstance(item, dict):
+                faults.append({"field": place, "message": "must be an object"})
+                continue
+            arguments, wrong = check_fields(self.items, {
+                field: item[field.name] for field in self.items if field.name in item}, settings)
+            checked.append(arguments)
+            faults += [dict(fault, field="%s.%s" % (place, fault["field"])) for fault in wrong]
+        if faults:
+            raise ValueError(faults)
+        return checked
+
+    _check_array = _check_items
+
     def _check_any(self, value, _):
         if value is None:
             raise ValueError("must not be null")
         return value
+
+
+def check_fields(fields, inputs, settings):
+    """(the values that the function gets, by argument; all faults)."""
+    arguments, faults = {}, []
+    for field in fields:
+        if field in inputs:
+            try:
+                arguments[field.argument] = field.check(inputs[field], settings)
+            except ValueError as fault:
+                faults += fault.args[0] if isinstance(fault.args[0], list) else [
+                    {"field": field.name, "message": str(fault)}]
+        elif field.required:
+            if field.missing:
+                raise NexusError(field.missing)
+            faults.append({"field": field.name, "message": "is required"})
+    return arguments, faults
 
 
 class Operation:
@@ -3333,20 +3472,9 @@ def gather_body(call, entry, inputs):
 
 def validate(entry, inputs, settings):
     """Arguments for the operation's function. All faults are reported at once."""
-    arguments, faults = {}, []
-    for field in entry.fields:
-        if field in inputs:
-            try:
-                arguments[field.argument] = field.check(inputs[field], settings)
-            except ValueError as fault:
-                faults.append({"field": field.name, "message": str(fault)})
-        elif field.required:
-            if field.missing:
-                raise NexusError(field.missing)
-            faults.append({"field": field.name, "message": "is required"})
+    arguments, faults = check_fields(entry.fields, inputs, settings)
     if faults:
-        raise NexusError("invalid_request", "Faults in the request: %s." % "; ".join(
-            "%s %s" % (fault["field"], fault["message"]) for fault in faults), details=faults)
+        raise faulty(faults)
     return arguments
 
 
@@ -3402,7 +3530,7 @@ SESSION_ID = Field("path")
 AGENT_ID = Field("header", header="X-Agent-Id", pattern=AGENT_ID_PATTERN,
                  missing="missing_agent_id")
 SESSION_KEY = Field("header", header="X-Session-Key", help="key from join or claim", high=128)
-RETRY_KEY = Field("header", header="Idempotency-Key", low=1, high=128,
+RETRY_KEY = Field("header", header="Idempotency-Key", low=1, high=MAX_RETRY_KEY,
                   help="makes a repeated send harmless")
 CODE = Field("path", help="code or link")
 WAIT = Field("query", "integer", low=0, high=MAX_WAIT, help="seconds")
@@ -3489,10 +3617,10 @@ def poll_messages(call, session_id: SESSION_ID, agent_id: AGENT_ID,
                                help="cursor") = None,
                   members: Field("query", "boolean") = False,
                   limit: Field("query", "integer", low=1, high=MAX_POLL) = MAX_POLL,
-                  wait: WAIT = 0):
+                  wait: WAIT = 0, others: Field("query", "boolean") = False):
     """Read messages after a cursor"""
     return call.app.store.sessions.poll(session_id, agent_id, after, limit, wait, members,
-                                        call.caller)
+                                        call.caller, others)
 
 
 @operation("PUT", "/v1/pair", "Code", 201, tool="nexus_pair")
@@ -3566,6 +3694,19 @@ def metrics(call):
 
 # Door 2.
 
+def new_draft(call, channel, content, sender="api", task_id=None, ttl_seconds=None,
+              correlation_id=None, metadata=None, idempotency_key=None):
+    """What a send stores: (the message before it has an id, what is kept of its retry key)."""
+    content, found = blackout(call, content)
+    if metadata:
+        metadata, more = blackout(call, metadata)
+        found = sorted(set(found) | set(more))
+    draft = new_message(channel, sender, content, correlation_id, task_id, metadata or {},
+                        ttl_seconds, found, call.app.store.clock.now())
+    return draft, retry_mark(idempotency_key, content, correlation_id, task_id, metadata or {},
+                             ttl_seconds)
+
+
 @operation("POST", "/api/messages", "Message", 201, guarded=True, tool="tx_send")
 def channel_send(call, channel: Field("body", low=1, high=MAX_NAME), content: CONTENT,
                  sender: SENDER = "api", task_id: Field("body") = None,
@@ -3573,16 +3714,30 @@ def channel_send(call, channel: Field("body", low=1, high=MAX_NAME), content: CO
                  correlation_id: Field("body", high=MAX_NAME) = None, metadata: METADATA = None,
                  idempotency_key: RETRY_KEY = None):
     """Leave a message in a channel"""
-    content, found = blackout(call, content)
-    if metadata:
-        metadata, more = blackout(call, metadata)
-        found = sorted(set(found) | set(more))
-    store = call.app.store
-    draft = new_message(channel, sender, content, correlation_id, task_id, metadata or {},
-                        ttl_seconds, found, store.clock.now())
-    return store.channels.send(draft, retry_mark(
-        idempotency_key, content, correlation_id, task_id, metadata or {}, ttl_seconds)
-    ).to(replayed)
+    return call.app.store.channels.send(*new_draft(
+        call, channel, content, sender, task_id, ttl_seconds, correlation_id, metadata,
+        idempotency_key)).to(replayed)
+
+
+SEND_FIELDS = OPERATIONS[-1].body_fields + [
+    Field("body", low=1, high=MAX_RETRY_KEY).bind("idempotency_key", False)]
+
+
+@operation("POST", "/api/messages/batch", "Batch", 201, guarded=True)
+def channel_send_many(call, messages: Field("body", "array", low=1, high=MAX_MANY,
+                                            items=SEND_FIELDS)):
+    """Leave up to 1,000 messages, all or none, in one commit"""
+    return call.app.store.channels.send_many([new_draft(call, **each) for each in messages]).to(
+        lambda found: Reply('{"messages":[%s],"count":%d}' % (
+            ",".join(text for text, _ in found), len(found))))
+
+
+@operation("GET", "/api/channels", "ChannelList", guarded=True, tool="tx_channels")
+def list_channels(call, prefix: Field("query") = "", after: Field("query") = "",
+                  limit: Field("query", "integer", low=1, high=MAX_POLL) = DEFAULT_CHANNELS):
+    """List channels by name, with what is pending"""
+    channels, more = call.app.store.channels.list(prefix, after, limit)
+    return {"channels": channels, "count": len(channels), "more": more}
 
 
 @operation("GET", "/api/messages/inbox/{channel}", "Inbox", guarded=True, tool="tx_inbox")
@@ -3602,6 +3757,17 @@ def channel_inbox(call, channel: CHANNEL, after_id: AFTER_ID = 0,
 def message_ack(call, id: MESSAGE_ID, lease_token: LEASE_TOKEN = None):
     """Acknowledge one message"""
     return {"message": call.app.store.channels.ack(id, lease_token)}
+
+
+ACKS = Field("body", "array", low=1, high=MAX_MANY, items=(
+    Field("body", "integer", low=0).bind("id", True), LEASE_TOKEN.bind("lease_token", False)))
+
+
+@operation("POST", "/api/messages/ack", "Acked", guarded=True)
+def message_ack_many(call, acks: ACKS):
+    """Acknowledge up to 1,000 messages, each that can be, in one commit"""
+    results = call.app.store.channels.ack_many(acks)
+    return {"results": results, "acked": sum(each["ok"] for each in results)}
 
 
 @operation("POST", "/api/messages/inbox/{channel}/ack", "AckedAll", guarded=True,
@@ -3629,21 +3795,22 @@ def collect_garbage(call, acked_older_than_hours: Field("body", "number", low=0,
 def channel_lease(call, channel: CHANNEL, consumer: Field("body", low=1, high=MAX_NAME),
                   limit: Field("body", "integer", low=1, high=MAX_LEASES_AT_ONCE) = 1,
                   lease_seconds: LEASE_SECONDS = DEFAULT_LEASE,
-                  wait: Field("body", "integer", low=0, high=MAX_WAIT) = 0):
+                  wait: Field("body", "integer", low=0, high=MAX_WAIT) = 0, acks: ACKS = ()):
     """Take messages to work on, held for leaseSeconds"""
-    messages = call.app.store.channels.lease(channel, consumer, limit, lease_seconds, wait,
-                                             call.caller)
-    return {"messages": messages, "channel": channel, "count": len(messages)}
+    messages, results = call.app.store.channels.lease(channel, consumer, limit, lease_seconds,
+                                                      wait, acks, call.caller)
+    answer = {"messages": messages, "channel": channel, "count": len(messages)}
+    return dict(answer, results=results) if acks else answer
 
 
-@operation("POST", "/api/messages/{id}/release", "OneMessage", guarded=True)
+@operation("POST", "/api/messages/{id}/release", "OneMessage", guarded=True, tool="tx_release")
 def message_release(call, id: MESSAGE_ID, lease_token: LEASE_TOKEN,
                     delay_seconds: Field("body", "integer", low=0, high=MAX_LEASE_SECONDS) = 0):
     """Give a leased message back"""
     return {"message": call.app.store.channels.release(id, lease_token, delay_seconds)}
 
 
-@operation("POST", "/api/messages/{id}/extend", "OneMessage", guarded=True)
+@operation("POST", "/api/messages/{id}/extend", "OneMessage", guarded=True, tool="tx_extend")
 def message_extend(call, id: MESSAGE_ID, lease_token: LEASE_TOKEN, lease_seconds: LEASE_SECONDS):
     """Keep a leased message longer"""
     return {"message": call.app.store.channels.extend(id, lease_token, lease_seconds)}
@@ -3771,8 +3938,14 @@ SHAPES = {
     "Message": _MESSAGE,
     "LeasedMessage": _MESSAGE + " attempts?:integer leaseToken? leasedBy? leaseExpiresAt?",
     "Inbox": "messages:Message* channel count:integer more:boolean",
-    "Leased": "messages:LeasedMessage* channel count:integer",
+    "Leased": "messages:LeasedMessage* channel count:integer results?:AckResult*",
     "OneMessage": "message:LeasedMessage",
+    "Batch": "messages:Message* count:integer",
+    "AckResult": "id:integer ok:boolean error? message?",
+    "Acked": "results:AckResult* acked:integer",
+    "Channel": "channel pending:integer leased:integer dead:integer oldestPendingAt:string|null"
+               " lastMessageAt:string|null",
+    "ChannelList": "channels:Channel* count:integer more:boolean",
     "AckedAll": "channel ackedCount:integer",
     "Count": "channel count:integer",
     "Collected": "expired:integer acked:integer",
@@ -3802,16 +3975,27 @@ def shape_schema(shape):
     return schema
 
 
+def object_schema(fields, settings):
+    """The JSON Schema of an object with these fields."""
+    schema = {"type": "object", "properties": {field.name: field_schema(field, settings)
+                                               for field in fields}}
+    needed = [field.name for field in fields if field.required]
+    return dict(schema, required=needed) if needed else schema
+
+
 def field_schema(field, settings=None, brief=False):
     """The JSON Schema of an operation's input; `brief` leaves the bounds to the server."""
     kind = field.tool_kind if brief else field.kind
     schema = {} if kind == "any" else {"type": kind}
     if field.help:
         schema["description"] = field.help
+    if field.items:
+        schema["items"] = object_schema(field.items, settings)
     if brief:
         return schema
     high = getattr(settings, field.high) if isinstance(field.high, str) else field.high
-    words = ("minLength", "maxLength") if field.kind == "string" else ("minimum", "maximum")
+    words = {"string": ("minLength", "maxLength"), "array": ("minItems", "maxItems")}.get(
+        field.kind, ("minimum", "maximum"))
     bounds = zip(words, (field.low, MAX_ID if field.kind == "integer" and high is None else high))
     schema.update((word, bound) for word, bound in bounds if bound is not None)
     if field.pattern:
@@ -3823,7 +4007,7 @@ def tool_schema(entry, hidden=(), optional=()):
     """The JSON Schema of an operation as an MCP tool, without the arguments in `hidden`."""
     properties, required = {}, []
     for field in entry.fields:
-        if field.tool in hidden or field.tool in properties:
+        if field.items or field.tool in hidden or field.tool in properties:
             continue
         properties[field.tool] = field_schema(field, brief=True)
         if (field.required or field.missing) and field.tool not in optional:
@@ -3836,18 +4020,13 @@ def _openapi_operation(entry, settings, locked):
     parameters = [{"name": field.name, "in": field.source, "required": field.required,
                    "schema": field_schema(field, settings)}
                   for field in entry.fields if field.source in ("path", "query", "header")]
-    body = [field for field in entry.body_fields if field.source == "body"]
-    raw = len(body) < len(entry.body_fields)        # any object, as JSON-RPC says, and its answers
+    raw = any(field.source == "raw" for field in entry.fields)      # any object, as JSON-RPC says
     result = {"operationId": camel(entry.name), "summary": entry.summary, "parameters": parameters,
               "responses": {"default": {"description": "Refused; the body says why", "content": {
                   "application/json": {"schema": {} if raw else _type_schema("Error")}}}}}
-    if body or raw:
-        schema = {"type": "object", "properties": {field.name: field_schema(field, settings)
-                                                   for field in body}}
-        needed = [field.name for field in body if field.required]
-        if needed:
-            schema["required"] = needed
-        result["requestBody"] = {"required": bool(needed) or raw,
+    if entry.body_fields:
+        schema = {"type": "object"} if raw else object_schema(entry.body_fields, settings)
+        result["requestBody"] = {"required": raw or "required" in schema,
                                  "content": {"application/json": {"schema": schema}}}
     kinds = {entry.answer: {}} if "/" in entry.answer else \
         {"application/json": {"schema": _type_schema(entry.answer)}}
@@ -4047,10 +4226,14 @@ def html_page(markdown):
                                                   for item in items))
         else:
             blocks.append("<p>%s</p>" % _inline(" ".join(block.split())))
-    title = escape(re.search(r"# (.+)", markdown).group(1))
+    return html_document(re.search(r"# (.+)", markdown).group(1), "\n".join(blocks))
+
+
+def html_document(title, body):
+    """A self-contained page around a body of HTML."""
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="
             "'width=device-width'><title>%s</title><style>%s</style><body>%s</body></html>\n"
-            % (title, PAGE_STYLE, "\n".join(blocks)))
+            % (escape(title), PAGE_STYLE, body))
 
 
 @functools.lru_cache(maxsize=1)
@@ -4976,6 +5159,9 @@ class Answer:
         self.status = 100
         while self.status == 100:               # Continue: the answer proper is still to come
             self._read_head(stream)
+        # May another request go over this connection? Not where its end is the answer's end.
+        self.may_follow = "close" not in self.headers.get("connection", "").lower() and bool(
+            self.headers.keys() & {"content-length", "transfer-encoding"})
         if "chunked" in self.headers.get("transfer-encoding", "").lower():
             self.body = b"".join(self._chunks(stream))
         elif "content-length" in self.headers:
@@ -5125,45 +5311,109 @@ def _shake_hands(sock, address, ends, pin):
                              address.host, found), status=495)
 
 
-def exchange(address, method, path, headers, body, timeout, ca=None, pin=None):
-    """One request on one connection, in `timeout` seconds: an Answer. Raises Unreachable."""
-    lines = ["%s %s%s HTTP/1.1" % (method, address.path, path), "Host: " + address.authority,
-             "Connection: close", "Accept: application/json"]
-    lines += [re.sub("[\r\n]", " ", "%s: %s" % item) for item in headers.items()]
-    if body is not None:
-        lines += ["Content-Type: application/json", "Content-Length: %d" % len(body)]
-    head = "\r\n".join(lines + ["", ""]).encode("latin-1", "backslashreplace")
-    context = _client_context(ca, pin) if address.secure else None
-    ends, sock, sent = time.monotonic() + timeout, None, False
+def _is_quiet(sock):
+    """Is a connection that was idle still good? What is readable has ended, or is out of step."""
+    sock.settimeout(0)
     try:
-        sock = _connect(address, timeout)
-        if context:
-            sock = context.wrap_socket(sock, server_hostname=address.host,
-                                       do_handshake_on_connect=False)
-            _shake_hands(sock, address, ends, pin)
-        sent = True
-        sock.settimeout(_left(ends))
-        sock.sendall(head + (body or b""))
-        with io.BufferedReader(_Until(sock, ends)) as stream:
-            answer = Answer(stream)
-        if answer.status == 400 and re.match(rb'[^{]|{"error":"bad_request"', answer.body):
-            check_scheme(address, ends)         # what servers of TLS say to a request in clear
-        return answer
-    except (OSError, ValueError) as trouble:
-        if sock:
-            check_scheme(address, ends)
-        reason = getattr(trouble, "strerror", None) or str(trouble) or type(trouble).__name__
-        raise Unreachable(address.url, reason, sent) from None
-    finally:
-        if sock:
+        socket.socket.recv(sock, 1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass                            # the other side has reset it
+    return False
+
+
+class Line:
+    """The way to one server: connections are kept for the next request, threads may share it.
+
+    A deque's pop and append are one step each, so it needs no lock.
+    """
+
+    def __init__(self, address, ca=None, pin=None):
+        self.address, self._ca, self._pin = address, ca, pin
+        self._idle = collections.deque()        # (connection, when it was put here)
+
+    def _open(self, ends):
+        address, context = self.address, None
+        if address.secure:
+            context = _client_context(self._ca, self._pin)
+        sock = _connect(address, _left(ends))
+        try:
+            if context:
+                sock = context.wrap_socket(sock, server_hostname=address.host,
+                                           do_handshake_on_connect=False)
+                _shake_hands(sock, address, ends, self._pin)
+        except BaseException as trouble:
             sock.close()
+            if isinstance(trouble, OSError):
+                check_scheme(address, ends)
+            raise
+        return sock
+
+    def _take(self):
+        """An idle connection that is still good, or None."""
+        while self._idle:
+            sock, since = self._idle.pop()
+            if time.monotonic() - since < KEEP_SECONDS and _is_quiet(sock):
+                return sock
+            sock.close()
+        return None
+
+    def exchange(self, method, path, headers, body, timeout, harmless=False):
+        """One request, in `timeout` seconds: an Answer. Raises Unreachable.
+
+        A kept connection may end while the request is on its way: what is harmless to repeat goes
+        out again at once, over a new one.
+        """
+        address = self.address
+        lines = ["%s %s%s HTTP/1.1" % (method, address.path, path), "Host: " + address.authority,
+                 "Accept: application/json"]
+        lines += [re.sub("[\r\n]", " ", "%s: %s" % item) for item in headers.items()]
+        if body is not None:
+            lines += ["Content-Type: application/json", "Content-Length: %d" % len(body)]
+        data = "\r\n".join(lines + ["", ""]).encode("latin-1", "backslashreplace") + (body or b"")
+        ends, kept = time.monotonic() + timeout, self._take()
+        if kept and harmless:
+            try:
+                return self._ask(kept, data, ends)
+            except Unreachable:
+                kept = None
+        return self._ask(kept, data, ends)
+
+    def _ask(self, sock, data, ends):
+        address, sent, keep = self.address, bool(sock), False
+        try:
+            sock = sock or self._open(ends)
+            sent = True
+            sock.settimeout(_left(ends))
+            sock.sendall(data)
+            answer = Answer(io.BufferedReader(_Until(sock, ends)))
+            if answer.status == 400 and re.match(rb'[^{]|{"error":"bad_request"', answer.body):
+                check_scheme(address, ends)     # what servers of TLS say to a request in clear
+            keep = answer.may_follow and len(self._idle) < KEEP_IDLE
+            return answer
+        except (OSError, ValueError) as trouble:
+            if sock:
+                check_scheme(address, ends)
+            reason = getattr(trouble, "strerror", None) or str(trouble) or type(trouble).__name__
+            raise Unreachable(address.url, reason, sent) from None
+        finally:
+            if keep:
+                self._idle.append((sock, time.monotonic()))
+            elif sock:
+                sock.close()
+
+    def close(self):
+        """Close what is idle; the line can be used again."""
+        while self._idle:
+            self._idle.pop()[0].close()
 
 
 class Page(list):
-    """The messages of one answer. `more`: are there others behind them? None: nobody said."""
+    """What one answer lists. `more`: are there others behind them? None: nobody said."""
 
-    def __init__(self, answer):
-        super().__init__(answer["messages"])
+    def __init__(self, answer, name="messages"):
+        super().__init__(answer[name])
         self.more = answer.get("more")
 
 
@@ -5173,6 +5423,11 @@ def command_line(*words, **flags):
         if value is not None:
             words += ("--" + name.replace("_", "-"),) + (str(value),) * (value is not True)
     return " ".join(shlex.quote(word) for word in words)
+
+
+def _on_wire(values):
+    """What was given of some values, under the wire's names."""
+    return {camel(name): value for name, value in values.items() if value is not None}
 
 
 ENTRIES = {entry.function: entry for entry in OPERATIONS}
@@ -5199,6 +5454,59 @@ class Messages:
         """Acknowledge a message; returns it."""
         return self._do(message_ack, vars())["message"]
 
+    def send_many(self, messages, batch=None):
+        """Leave many messages: dicts with the fields of send(). Yields each as it was stored.
+
+        Up to MAX_MANY go in one request, all of them or none. With `batch` (up to 100
+        characters) the same call again, after whatever went wrong, stores each message once.
+        """
+        batch, part, size, number = batch or os.urandom(16).hex(), [], 0, 0
+        for number, message in enumerate(messages, 1):
+            row = _on_wire(message)
+            row.setdefault("idempotencyKey", "%s:%d" % (batch, number))
+            weight = len(to_json(row))
+            if part and (len(part) == MAX_MANY or size + weight > MANY_BYTES):
+                yield from self._do(channel_send_many, {"messages": part})["messages"]
+                part, size = [], 0
+            part, size = part + [row], size + weight
+        if part:
+            yield from self._do(channel_send_many, {"messages": part})["messages"]
+
+    def ack_many(self, ids):
+        """Acknowledge messages; returns [{id, ok}, …], with error and message where not ok.
+
+        `ids` are ids, or dicts of id and lease_token.
+        """
+        acks, results = [_on_wire(each) if isinstance(each, dict) else {"id": each}
+                         for each in ids], []
+        for start in range(0, len(acks), MAX_MANY):
+            results += self._do(message_ack_many, {"acks": acks[start:start + MAX_MANY]})["results"]
+        return results
+
+    def channels(self, prefix=None, after=None, limit=None):
+        """The list of channels by name, with what is pending in each; a Page."""
+        return Page(self._do(list_channels, vars()), "channels")
+
+    def follow(self, channel, after_id=0, **filters):
+        """Yield what is pending, then what comes, without end; filters as inbox() has them.
+
+        A server that is away is waited for; other refusals are raised.
+        """
+        while True:
+            page = self._client.insist(lambda: self.inbox(channel, after_id, wait=MAX_WAIT,
+                                                          **filters))
+            for message in page:
+                after_id = message["id"]
+                yield message
+
+    def finish(self, id, lease_token=None):
+        """Acknowledge a message, however long that takes; one that is done or over is fine."""
+        try:
+            self._client.insist(lambda: self.ack(id, lease_token))
+        except NexusError as refusal:
+            if refusal.code not in ("message_already_acked", "message_not_found"):
+                raise
+
     def ack_all(self, channel):
         """Acknowledge everything pending: {"channel", "ackedCount"}."""
         return self._do(channel_ack_all, vars())
@@ -5211,8 +5519,11 @@ class Messages:
         """Remove expired and, if told, old acknowledged messages: {"expired", "acked"}."""
         return self._do(collect_garbage, vars())
 
-    def lease(self, channel, consumer, limit=1, lease_seconds=DEFAULT_LEASE, wait=0):
-        """The list of messages that are now yours to work on, each with its leaseToken."""
+    def lease(self, channel, consumer, limit=1, lease_seconds=DEFAULT_LEASE, wait=0, acks=None):
+        """The list of messages that are now yours to work on, each with its leaseToken.
+
+        `acks` ([{id, leaseToken}]) are acknowledged first, in the same commit.
+        """
         return self._do(channel_lease, vars())["messages"]
 
     def release(self, id, lease_token, delay_seconds=0):
@@ -5258,7 +5569,8 @@ class Client:
     and .details. `token`, `ca` (file of certificates), `pin` (SHA-256 of the server's certificate)
     and `insecure` (keys may go over plain http to other machines) default to the environment
     variables NEXUS_TOKEN, NEXUS_CA, NEXUS_PIN and NEXUS_INSECURE. `sender` is who sends to
-    channels when a call does not say; without it the server says "api".
+    channels when a call does not say; without it the server says "api". Connections are kept for
+    the next request; threads may share a client.
     """
 
     def __init__(self, url=DEFAULT_URL, token=None, timeout=CLIENT_SECONDS, ca=None, pin=None,
@@ -5270,7 +5582,25 @@ class Client:
         self.insecure = (environ("NEXUS_INSECURE") or "").lower() in ON if insecure is None \
             else insecure
         self.patience, self._sleep = patience, sleep    # seconds to wait between tries, in all
-        self.sender, self.messages = sender, Messages(self)
+        self.sender = sender
+        self._line = Line(self.address, self.ca, self.pin)
+
+    @property
+    def messages(self):
+        """The channels of this server."""
+        return Messages(self)           # kept here it would keep us, and our connections, for ever
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Close the idle connections. A client that is no longer used does it by itself."""
+        self._line.close()
+
+    __del__ = close
 
     def request(self, method, path, query=None, body=None, headers=None, harmless=False, wait=0):
         """Send one request, again if need be; returns the parsed JSON.
@@ -5288,8 +5618,8 @@ class Client:
         patience, pause = self.patience, CLIENT_BACKOFF
         for attempt in range(1, CLIENT_ATTEMPTS + 1):
             try:
-                answer = exchange(self.address, method, path, headers, raw, self.timeout + wait,
-                                  self.ca, self.pin)
+                answer = self._line.exchange(method, path, headers, raw, self.timeout + wait,
+                                             harmless)
                 if answer.status < 400:
                     return answer.json()
                 error = answer.refusal()
@@ -5303,6 +5633,19 @@ class Client:
             if not again or attempt == CLIENT_ATTEMPTS or patience < 0:
                 raise error
             self._sleep(rest)
+
+    def insist(self, call):
+        """call(), again and again while the server is away or busy; other refusals are raised."""
+        pause = 1
+        while True:
+            try:
+                return call()
+            except NexusError as trouble:
+                if trouble.status != 429 and trouble.status < 500 or trouble.code in (
+                        "wrong_certificate", "non_json_response"):
+                    raise
+            self._sleep(pause * (0.5 + os.urandom(1)[0] / 255.0))
+            pause = min(pause * 2, LONGEST_PAUSE)
 
     def _protect(self, secret):
         """Keys and tokens do not travel in clear text between machines unless that is wanted."""
@@ -5345,8 +5688,7 @@ class Client:
 
     def _do(self, function, arguments):
         # The operation of this function; arguments are the vars() of a method, None is not given.
-        return self.perform(ENTRIES[function], {
-            camel(name): value for name, value in arguments.items() if value is not None})
+        return self.perform(ENTRIES[function], _on_wire(arguments))
 
     # Door 1.
 
@@ -5386,18 +5728,37 @@ class Client:
     def send(self, session_id, agent_id, text=None, json=None, session_key=None,
              idempotency_key=None):
         """Send text, json or both; safe to repeat with the same idempotency_key."""
+        if isinstance(json, str) and re.fullmatch("[0-9a-f]{64}", json):
+            raise invalid("json", "is a session key: give it as session_key, or all members read"
+                                  " it")
         return self._do(send_message, vars())
 
-    def poll(self, session_id, agent_id, after=None, members=False, limit=None, wait=None):
-        """Messages after a cursor; `wait` seconds for the first of them (0 to 60)."""
+    def poll(self, session_id, agent_id, after=None, members=False, limit=None, wait=None,
+             others=None):
+        """Messages after a cursor; `wait` seconds for the first of them (0 to 60).
+
+        With `others` one's own are passed over.
+        """
         return self._do(poll_messages, vars())
+
+    def follow(self, session_id, agent_id, after=None, others=True):
+        """Yield each poll that brought messages, without end; a server that is away is waited for.
+
+        Go on from its nextCursor when what it brought is safe.
+        """
+        while True:
+            answer = self.insist(lambda: self.poll(session_id, agent_id, after, wait=MAX_WAIT,
+                                                   others=others))
+            after = answer["nextCursor"]
+            if answer["messages"]:
+                yield answer
 
     def pair(self, session_id):
         """A pairing code and its link."""
         return self._do(create_code, vars())
 
     def claim(self, code, agent_id):
-        """Join with a pairing code, which is used up by it."""
+        """Join with a pairing code or link; it is used up by that."""
         return self._do(claim_code, vars())
 
     def pair_status(self, code):
@@ -5722,6 +6083,8 @@ def tool_values(entry, arguments):
                 values[field.tool] = parse_json(value or "{}")
             except ValueError:
                 raise invalid(field.tool, "must be a JSON object in a string") from None
+    if entry.function is poll_messages:
+        values.setdefault("others", True)       # a model that waits does not wait for itself
     return values
 
 
@@ -6037,6 +6400,15 @@ def in_flags(refusal):
     return without_headers(refusal, lambda header: "--" + header.lower())
 
 
+def local_time(text, form="%Y-%m-%d %H:%M:%S"):
+    """A time on the wire as the clock on this wall shows it."""
+    try:
+        seconds = calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return text                     # another server writes times in another way
+    return time.strftime(form, time.localtime(seconds))
+
+
 def seconds_from(name, default):
     """A timeout from the environment, in seconds."""
     try:
@@ -6232,7 +6604,8 @@ def poll_once(args, client, session_id, after, wait=None, silent=False):
     In this order, so that a reader who hangs up loses nothing. With --after nothing is moved.
     """
     state = State()
-    answer = client.poll(session_id, agent_of(args, session_id), after, args.members, None, wait)
+    answer = client.poll(session_id, agent_of(args, session_id), after, args.members, None, wait,
+                         getattr(args, "others", None))
     # Both must be there before anything is printed: _Fields raises for what is no nexus answer.
     cursor, messages = str(answer["nextCursor"]), answer["messages"]
     if messages or not silent:
@@ -6243,9 +6616,104 @@ def poll_once(args, client, session_id, after, wait=None, silent=False):
     return answer
 
 
-def verb_poll(args):
-    """Read new messages; the cursor is kept for the next time"""
+def until_stopped(work):
+    """work() until it is done, or Ctrl-C or SIGTERM end it: both are good ends."""
+    stop_on_signals()
+    try:
+        return work()
+    except KeyboardInterrupt:
+        return 0
+
+
+def follow_session(args, client, session_id):
+    """Show what comes, a line for each message; the saved cursor moves after each line."""
+    state, agent_id = State(), agent_of(args, session_id)
+    people = sys.stdout.isatty()
+    for answer in client.follow(session_id, agent_id, state.cursor(session_id, args.after)):
+        adopt(client, session_id)
+        for message in answer["messages"]:
+            if people:
+                print(message_line(message), flush=True)
+            else:
+                say(message)
+            if args.after is None and state.knows(session_id):
+                state.put(session_id, "cursor", message["cursor"])
+
+
+def message_line(message):
+    """A session's message for a person at a terminal: 16:02 ada \u2713 text {"json":1}"""
+    payload = " " + to_json(message["json"]) if "json" in message else ""
+    return visible("%s %s %s%s%s" % (
+        local_time(message["createdAt"], "%H:%M"), message["agentId"],
+        "\u2713 " if message["verified"] else "", message["text"], payload))
+
+
+def verb_chat(args):
+    """Talk: what others write is shown as it comes, each line that is typed is sent"""
     session_id = session_of(args)
+    agent_id, client = agent_of(args, session_id), connect(args, session_id)
+    key, ended = key_of(session_id, agent_id), []
+
+    def listen():
+        try:
+            follow_session(args, client, session_id)
+        except (NexusError, OSError) as trouble:    # the session is over, or stdout is closed
+            ended.append(trouble)
+            if os.name == "posix":
+                os.kill(os.getpid(), signal.SIGINT)     # whoever waits for a line hears of it
+    threading.Thread(target=listen, daemon=True).start()
+
+    def talk():
+        for line in iter(sys.stdin.readline, ""):
+            if line.strip():
+                once = os.urandom(16).hex()
+                client.insist(lambda: client.send(session_id, agent_id, line.rstrip("\r\n"), None,
+                                                  key, once))
+    tip("You are %s. Each line is sent; Ctrl-D or Ctrl-C ends." % agent_id)
+    until_stopped(talk)
+    if ended:
+        raise ended[0]
+
+
+def conversation(client, session_id, agent_id):
+    """All messages of a session that still live, oldest first."""
+    after, more = None, True
+    while more:
+        answer = client.poll(session_id, agent_id, after)
+        yield from answer["messages"]
+        after, more = answer["nextCursor"], answer.get("more")
+
+
+def quoted(text):
+    """Text from others as a block that forges nothing: each line has a mark before it."""
+    return "\n".join("> " + visible(line) for line in text.split("\n"))
+
+
+def verb_transcript(args):
+    """Print the whole conversation as far as it still lives: --format md, json or html"""
+    session_id, form = session_of(args), args.format or "md"
+    if form not in ("md", "json", "html"):
+        raise Usage("--format takes md, json or html")
+    agent_id = agent_of(args, session_id)
+    messages = list(conversation(connect(args, session_id), session_id, agent_id))
+    if form == "json":
+        return say({"sessionId": session_id, "messages": messages})
+    title, blocks = "Conversation " + session_id[:8], []
+    for row in messages:
+        head = "%s%s, %s, cursor %s" % (visible(row["agentId"]), " (verified)" if row["verified"]
+                                        else "", visible(row["createdAt"]), visible(row["cursor"]))
+        text = "\n".join(filter(None, [row["text"], to_json(row["json"]) if "json" in row else ""]))
+        blocks.append("## %s\n\n%s\n" % (head, quoted(text)) if form == "md" else
+                      "<h2>%s</h2><pre>%s</pre>" % (escape(head), escape(text)))
+    print("# %s\n\n%s" % (title, "\n".join(blocks)) if form == "md" else html_document(
+        title, "<h1>%s</h1>%s" % (title, "".join(blocks))), end="")
+
+
+def verb_poll(args):
+    """Read new messages; the cursor is kept for the next time; --follow: and those that come"""
+    session_id = session_of(args)
+    if args.follow:
+        return until_stopped(lambda: follow_session(args, connect(args, session_id), session_id))
     answer = poll_once(args, connect(args, session_id), session_id,
                        State().cursor(session_id, args.after), args.wait)
     if answer["messages"]:
@@ -6509,10 +6977,15 @@ def show(args, value, *lines):
         sys.stdout.flush()
 
 
+def row_text(row):
+    """A channel's message as `tx inbox` shows it."""
+    return "[%s] %s %s: %s" % (row["id"], str(row["createdAt"])[:19].replace("T", " "),
+                               row["sender"], row["content"])
+
+
 def show_list(args, page, verb):
     """Messages as `tx inbox` shows them."""
-    lines = ["[%s] %s %s: %s" % (row["id"], str(row["createdAt"])[:19].replace("T", " "),
-                                 row["sender"], row["content"]) for row in page]
+    lines = [row_text(row) for row in page]
     if not lines:
         return show(args, page, "No messages in channel \"%s\"" % args.channel)
     count = "%d message(s)" % len(page)
@@ -6532,8 +7005,21 @@ def tx_send(messages, args):
              "Task", "taskId"), ("Expires", "expiresAt")) if row[pair[1]]])
 
 
+def follow_channel(messages, args):
+    """Show what is pending, then what comes; with --ack each is acknowledged once it is out."""
+    for row in messages.follow(args.channel, args.after or 0, sender=args.sender,
+                               correlation_id=args.correlation, include_acked=args.include_acked):
+        show(args, row, row_text(row))
+        if args.ack:
+            messages.finish(row["id"])
+
+
 def tx_inbox(messages, args):
-    """Read a channel; changes nothing"""
+    """Read a channel; changes nothing; --follow: go on with what comes"""
+    if args.follow:
+        return until_stopped(lambda: follow_channel(messages, args))
+    if args.ack:
+        raise Usage("--ack acknowledges what --follow has shown; for one message: tx ack ID")
     show_list(args, messages.inbox(args.channel, args.after, args.limit, args.sender,
                                    args.correlation, args.include_acked, args.wait or 0), "inbox")
 
@@ -6684,8 +7170,8 @@ def verb_skill(args):
         return
     code, server = invitation(args.code)
     client = client_for(args, State().server(args.url or server)[0])
-    answer = exchange(client.address, "GET", "/p/" + percent(code), {}, None, client.timeout,
-                      client.ca, client.pin)
+    answer = Line(client.address, client.ca, client.pin).exchange(
+        "GET", "/p/" + percent(code), {"Connection": "close"}, None, client.timeout)
     if answer.status != 200:
         raise answer.refusal()
     for line in answer.body.decode("utf-8", "replace").splitlines():
@@ -7006,6 +7492,10 @@ FLAGS = {       # kind: str, int and float take a value, bool is a switch
     "--alias": Flag(str, "short name for the session on this machine"),
     "--creator-agent-id": Flag(str, "join as creator under this id"),
     "--after": Flag(str, "cursor to read from; 0 replays everything; the saved one stays"),
+    "--others": Flag(bool, "pass over what you wrote yourself"),
+    "--follow": Flag(bool, "go on with what comes, until Ctrl-C; without your own messages"),
+    "--ack": Flag(bool, "acknowledge each message once it has been written out"),
+    "--format": Flag(str, "md, json or html"),
     "--members": Flag(bool, "list the members too"),
     "--wait": Flag(int, "seconds to wait for a message, 0 to %d" % MAX_WAIT),
     "--strict": Flag(bool, "fail if the server does not take json"),
@@ -7051,8 +7541,11 @@ VERBS = {
     "pair-status": Verb(verb_pair_status, "CODE", "", "pair-status PEARL-FOCAL-S5SJV"),
     "send": Verb(verb_send, "SESSION [TEXT...]", "--agent-id --json= --strict --idempotency-key",
                  'send review "Got it." --json \'{"page": 3}\''),
-    "poll": Verb(verb_poll, "SESSION", "--agent-id --after --members --wait",
+    "poll": Verb(verb_poll, "SESSION", "--agent-id --after --members --others --wait --follow",
                  "poll review --wait 60"),
+    "chat": Verb(verb_chat, "SESSION", "--agent-id --after", "chat review"),
+    "transcript": Verb(verb_transcript, "SESSION", "--agent-id --format",
+                       "transcript review --format html"),
     "renew": Verb(verb_renew, "SESSION", "--agent-id --ttl", "renew review --ttl 7200"),
     "alias": Verb(verb_alias, "SESSION NAME", "", "alias SESSION review"),
     "unalias": Verb(verb_unalias, "NAME", "", "unalias review"),
@@ -7072,7 +7565,7 @@ VERBS = {
     "tx send": Verb(tx_send, "CHANNEL CONTENT...", "--sender --task --ttl --correlation --metadata"
                     " --idempotency-key --json", 'tx send builds "v2.3.1 is out" --sender ci'),
     "tx inbox": Verb(tx_inbox, "CHANNEL", "--after --limit --sender --correlation --include-acked"
-                     " --wait --json", "tx inbox builds --after 42 --json"),
+                     " --wait --follow --ack --json", "tx inbox builds --after 42 --json"),
     "tx ack": Verb(tx_ack, "ID", "--lease-token --json", "tx ack 42"),
     "tx ack all": Verb(tx_ack_all, "CHANNEL", "--json", "tx ack all builds"),
     "tx outbox pending": Verb(tx_pending, "CHANNEL", "--json", "tx outbox pending builds"),

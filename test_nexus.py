@@ -194,12 +194,12 @@ class Server:
     def __exit__(self, *_):
         self.stop()
 
-    def stop(self):
+    def stop(self, seconds=1.5):
         """Stop the server as SIGTERM would; nothing may have been logged unseen."""
         if self._thread is None:
             return
         self.server.shutdown()
-        self.server.stop()
+        self.server.stop(seconds)
         self._thread.join()
         self._thread, nexus.log = None, self._log
         if self.lines:
@@ -932,8 +932,9 @@ class SessionTest(Door1Case):
         self.assertEqual([more[name] - stats[name] for name in (
             "activeSessions", "totalAgents", "totalMessages")], [1, 2, 1])
         self.assertIsInstance(more["uptime"], int)
-        self.assertIn("nexus_active_sessions %d\n" % more["activeSessions"],
-                      self.s.call("GET", "/metrics").text)
+        for line in ("# TYPE nexus_active_sessions gauge\nnexus_active_sessions %d\n"
+                     % more["activeSessions"], "# TYPE nexus_requests counter\n"):
+            self.assertIn(line, self.s.call("GET", "/metrics").text)
         paths = self.expect(self.s.call("GET", "/openapi.json"), 200)["paths"]
         self.assertLessEqual({"/v1/sessions/{sessionId}/messages", "/v1/pair/{code}/claim",
                               "/p/{code}", "/health", "/api/messages"}, set(paths))
@@ -966,7 +967,10 @@ class MessageTest(Door1Case):
             self.expect(self.s.send(self.sid, "ada", "x", key), 403, "invalid_session_key")
         for answer in (self.s.send(self.sid, "eve", "x"), self.s.poll(self.sid, "eve")):
             self.assertIn("not in session", self.expect(answer, 403, "forbidden")["message"])
+        self.expect(self.s.call("POST", self.posts, {"text": "x"}, "ada",
+                                headers={"Idempotency-Key": ""}), 400, "invalid_request")
         self.assertEqual(self.s.send(self.sid, "ada", "first").json["cursor"], "1")
+        self.assertEqual(self.s.send(self.sid, "ada", "x", "").json["cursor"], "2")  # as if no key
 
     def test_a_message_is_verified_by_its_senders_key(self):
         for key, verified in ((self.keys["ada"], True), (None, False)):
@@ -1050,6 +1054,17 @@ class MessageTest(Door1Case):
         server.stop()
         self.assertEqual(waiting.result().json,
                          {"messages": [], "nextCursor": "3", "more": False})
+
+    def test_stop_waits_for_an_answer_under_way_but_not_for_ever(self):
+        server, end = self.server(), threading.Event()
+        self.addCleanup(end.set)
+        with patched(server.store.sessions, "status", lambda *_: end.wait(30)):
+            stuck = Started(server.call, "GET", "/v1/sessions/x")
+            until(lambda: server.app.requests)
+            Started(server.stop, 0.05).result()
+        end.set()
+        with contextlib.suppress(OSError, http.client.HTTPException):   # it may be cut off
+            stuck.result()
 
     def test_places_to_wait_are_limited_in_all_and_per_address(self):
         server = self.server(max_waiters=2, max_waiters_per_address=1, trust_proxy=True)
@@ -1140,6 +1155,11 @@ class LifetimeTest(Case):
         self.assertEqual(server.call("GET", "/v1/sessions/" + sid).json["agents"], ["ada", "eve"])
         self.expect(server.send(sid, "bob", "x", keys["bob"]), 403, "forbidden")
         self.expect(server.call("POST", "/v1/sessions/%s/join" % sid, agent="bob"), 200)
+
+    @unittest.skipUnless(hasattr(time, "CLOCK_BOOTTIME"), "this system stops counting in its sleep")
+    def test_the_clock_goes_on_while_the_computer_sleeps(self):
+        with patched(time, "clock_gettime", {time.CLOCK_BOOTTIME: 5.0}.get):
+            self.assertEqual(nexus.Clock().monotonic(), 5.0)
 
     def test_setting_the_computers_clock_moves_nothing(self):
         store = nexus.Store(nexus.Settings({"db": ":memory:"}))
@@ -1769,6 +1789,13 @@ class ParserTest(Case):
                 b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n"]
         self.assertEqual([raw[:80] for raw in bad if parsed(raw) is not None], [])
 
+    def test_as_many_header_lines_as_allowed_and_no_more(self):
+        head = b"\r\n".join([b"GET / HTTP/1.1", b"Host: a"] + [b"X-%d: y" % n for n in range(9)])
+        self.assertEqual(len(nexus.parse_head(head, 10).headers), 10)
+        with self.assertRaises(nexus.NexusError) as caught:
+            nexus.parse_head(head, 9)
+        self.assertEqual(caught.exception.code, "headers_too_large")
+
     def test_whatever_the_standard_library_refuses_is_refused(self):
         chance, refused = random.Random(1), 0
         pieces = (b" ", b"\t", b"\r\n", b"\n", b"\r", b":", b"\0", b"HTTP/", b"1", b".", b"\xff",
@@ -1899,6 +1926,14 @@ class HostileTest(ServerCase):
         except ConnectionError:
             return True
 
+    def test_who_says_nothing_for_long_is_sent_away(self):
+        with patched(nexus, "IDLE_SECONDS", 0.05), patched(
+                nexus.Connection, "_set_timeouts", lambda link: link.sock.settimeout(0.01)), \
+                socket.create_connection(("127.0.0.1", self.s.port), 10) as sock:
+            sock.sendall(get("/health"))
+            self.assertTrue(sock.recv(999).startswith(b"HTTP/1.1 200 "))
+            self.assertEqual(sock.recv(999), b"")
+
     def test_clients_that_vanish_are_forgotten(self):
         sid, _ = self.s.session()
         self.s.send(sid, "ada", "x" * 500000)
@@ -2024,7 +2059,7 @@ class AccessTest(Case):
     def test_keys_do_not_travel_in_clear_text_to_other_machines(self):
         def exchange(*_):
             raise nexus.NexusError("reached")
-        with patched(nexus, "exchange", exchange):
+        with patched(nexus.Line, "exchange", exchange):
             for url, insecure, code in (
                     ("http://nexus.example", False, "insecure_transport"),
                     ("http://192.0.2.1:80", False, "insecure_transport"),
@@ -3496,6 +3531,11 @@ class ChannelInbox(ChannelCase):
         ends = [Started(self.ids, "?wait=1&sender=nobody"),
                 Started(self.s.client().messages.lease, "nobody's", "w", wait=1)]
         self.assertEqual([call.result() for call in ends], [[], []])
+        with patched(self.s.store.waiters, "limit", 0):     # who does not wait needs no place
+            query = "?afterId=%d" % second
+            self.assertEqual((self.ids(query), self.ids(query + "&wait=0")), ([], []))
+            self.channel = "nobody's"
+            self.assertEqual((self.lease(), self.lease(wait=0)), ([], []))
 
     def test_a_waiting_reader_gets_only_what_it_waits_for(self):
         seen = self.put(sender="bob")
@@ -4051,12 +4091,12 @@ create(ttl=None, max_agents=None, greeting=None, creator_agent_id=None)
 status(session_id)  join(session_id, agent_id, session_key=None)  pair(session_id)
 leave(session_id, agent_id, session_key)  renew(session_id, agent_id, ttl=None)
 send(session_id, agent_id, text=None, json=None, session_key=None, idempotency_key=None)
-poll(session_id, agent_id, after=None, members=False, limit=None, wait=None)
+poll(session_id, agent_id, after=None, members=False, limit=None, wait=None, others=None)
 claim(code, agent_id)  pair_status(code)"""
 CHANNEL_SIGNATURES = """
 send(channel, content, inbox(channel, after_id=None, limit=None, ack(id, lease_token=None)
 ack_all(channel)  pending(channel)  gc(acked_older_than_hours=None)  release(id, lease_token,
-lease(channel, consumer, limit=1, lease_seconds=60, wait=0)  extend(id, lease_token, lease_seconds)
+lease(channel, consumer, limit=1, lease_seconds=60, wait=0,  extend(id, lease_token, lease_seconds)
 dead(channel, revive(id)  ask(channel, content, timeout=60, reply(id, content,"""
 
 
@@ -4165,6 +4205,14 @@ class ClientPromises(ChannelCase):
                     target = getattr(target, part)
                 self.assertEqual(self.fails(target, *args).code, code, name)
                 self.assertEqual((len(server.requests), sleeps), (1, []), name)
+        for method, path, values, count in (        # the same for tools, which have no methods
+                ("GET", "/v1/sessions/s", {"sessionId": "s"}, 2),
+                ("POST", "/api/messages", {"channel": "c", "content": "x"}, 2),
+                ("POST", "/v1/sessions/s/join", {"sessionId": "s", "agentId": "a"}, 1)):
+            server, client, _ = self.scripted(b"", http_answer(200, {}))
+            with contextlib.suppress(nexus.NexusError):
+                client.perform(nexus.find(method, path)[0], values)
+            self.assertEqual(len(server.requests), count, path)
         with socket.create_server(("127.0.0.1", 0)) as free:
             url = "http://127.0.0.1:%d" % free.getsockname()[1]
         sleeps = []
@@ -4200,7 +4248,7 @@ class ClientPromises(ChannelCase):
         with patched(nexus.socket, "getaddrinfo", lambda *_, **__: [None] * 4), patched(
                 nexus.socket, "create_connection", lambda _, seconds: given.append(seconds) or 1/0):
             self.assertRaises(ZeroDivisionError, client.health)
-        self.assertEqual(given, [0.05])         # of four addresses each gets its share
+        self.assertAlmostEqual(given[0], 0.05, 2)   # of four addresses each gets its share
 
     def test_a_degraded_server_is_asked_once_and_says_why(self):
         ill = http_answer(503, {"status": "degraded", "reason": "the disk is full", "uptime": 7})
@@ -4379,16 +4427,19 @@ class RightScheme(Case):
 # on; only what is wrong with the call itself is a protocol error.
 # ----------------------------------------------------------------------------------------
 
-READING_TOOLS = {"tx_inbox", "tx_outbox_pending", "nexus_poll", "nexus_status", "nexus_sessions"}
+READING_TOOLS = {"tx_inbox", "tx_channels", "tx_outbox_pending", "nexus_poll", "nexus_status",
+                 "nexus_sessions"}
 SERVER_TOOLS = {
     "tx_send": "channel content sender taskId ttlSeconds correlationId metadata",
     "tx_inbox": "channel afterId limit sender correlationId includeAcked wait",
     "tx_ack": "id leaseToken", "tx_ack_all": "channel", "tx_outbox_pending": "channel",
     "tx_lease": "channel consumer limit leaseSeconds wait", "tx_reply": "id content",
+    "tx_release": "id leaseToken delaySeconds", "tx_extend": "id leaseToken leaseSeconds",
+    "tx_channels": "prefix after limit",
     "tx_ask": "channel content sender timeoutSeconds", "nexus_pair": "sessionId",
     "nexus_create": "ttl maxAgents greeting creatorAgentId", "nexus_claim": "code agentId",
     "nexus_join": "sessionId agentId", "nexus_send": "sessionId agentId text json",
-    "nexus_poll": "sessionId agentId after limit members wait", "nexus_status": "sessionId",
+    "nexus_poll": "sessionId agentId after limit members wait others", "nexus_status": "sessionId",
     "nexus_leave": "sessionId agentId"}
 OLDER = ["2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25"]
 META = "io.modelcontextprotocol/protocolVersion"
@@ -4399,7 +4450,7 @@ PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 def check_tools(case, tools, names):
     """The definitions are complete, small, and exactly these."""
     case.assertEqual(sorted(tool["name"] for tool in tools), sorted(names))
-    case.assertLess(len(json.dumps(tools, separators=(",", ":")).encode()), 6000)
+    case.assertLess(len(json.dumps(tools, separators=(",", ":")).encode()), 7000)
     for tool in tools:
         schema, hints, name = tool["inputSchema"], tool["annotations"], tool["name"]
         case.assertEqual(schema["type"], "object", tool)
@@ -4733,6 +4784,7 @@ class McpOverStdio(ServerCase):
                                        timeoutSeconds=0)["error"], "no_reply")
 
     def test_huge_split_and_broken_lines_do_not_stop_it(self):
+        before = len(self.mcp.find(None))
         for line, code in ((b"not json\n", -32700), (b"\xff\xfe\n", -32700),
                            (b'"' + b"x" * (nexus.MCP_LINE + 9) + b'"\n', -32700),
                            (b"[]\n", -32600), (b"1\n", -32600)):
@@ -4746,6 +4798,7 @@ class McpOverStdio(ServerCase):
         time.sleep(0.05)
         self.mcp.write(whole[20:])
         self.assertEqual(self.mcp.answer("split")["result"], {})
+        self.assertEqual(len(self.mcp.find(None)), before + 5)      # one for each, however long
 
     def test_a_call_that_waits_holds_up_nothing(self):
         _, number, send = self.waiting_poll()
@@ -4774,6 +4827,16 @@ class McpOverStdio(ServerCase):
             "messages"]], ["important"])
         self.assertEqual(self.mcp.find(number), [])
 
+    def test_a_key_is_used_for_its_own_agent_alone(self):
+        session, keys = self.s.session(("ada", "bob"))
+        state = nexus.State(self.home)
+        state.put(session, "agent", "ada")
+        state.put(session, "key", keys["ada"])
+        for agent in ("ada", "bob"):
+            self.mcp.tool("nexus_send", sessionId=session, agentId=agent, text="x")
+        found = self.s.poll(session, "ada").json["messages"]
+        self.assertEqual([row["verified"] for row in found], [True, False])
+
     def test_state_without_an_agent_is_a_refusal_and_no_fault(self):
         session, keys = self.s.session()
         nexus.State(self.home).put(session, "key", keys["ada"])
@@ -4783,7 +4846,8 @@ class McpOverStdio(ServerCase):
     def test_when_the_input_ends_it_finishes_what_runs_and_ends_well(self):
         mcp, _ = self.other()
         session, _ = self.s.session()
-        number = mcp.start_tool("nexus_poll", sessionId=session, agentId="ada", wait=30)
+        number = mcp.start_tool("nexus_poll", sessionId=session, agentId="ada", wait=30,
+                                others=False)
         mcp.write(b'{"jsonrpc":"2.0","id":"half')
         end = Started(mcp.end)
         mcp.answer(None)                    # the rest of the line will not come any more
@@ -4836,7 +4900,7 @@ class Recorder(nexus.Client):
         self.reached.add(nexus.find(method, path)[0].name)
         message = dict(dict.fromkeys(FIELDS + LEASE_FIELDS, "x"), id=1, metadata={}, attempts=1)
         return dict(message, message=message, messages=[message], count=1, ackedCount=1,
-                    expired=0, acked=0)
+                    expired=0, acked=0, results=[], channels=[])
 
 
 class Descriptions(ServerCase):
@@ -4889,7 +4953,7 @@ class Descriptions(ServerCase):
         self.assertEqual(wanted, set(self.rows))
         body = self.rows["post", "/mcp"]["requestBody"]     # any object: JSON-RPC says which
         self.assertEqual((body["required"], body["content"]["application/json"]["schema"]),
-                         (True, {"type": "object", "properties": {}}))
+                         (True, {"type": "object"}))
 
     def test_the_checker_finds_what_does_not_fit(self):
         good = self.s.call("POST", "/api/messages", {"channel": "c", "content": "x"}).json
@@ -4943,6 +5007,9 @@ class Descriptions(ServerCase):
                            ("/api/messages/%d/ack" % (sent["id"] + 1), None),
                            ("/api/messages/gc", {"ackedOlderThanHours": 0})):
             call("POST", path, body)
+        call("POST", "/api/messages/batch", {"messages": [{"channel": "e", "content": TOKEN}]})
+        call("POST", "/api/messages/ack", {"acks": [{"id": sent["id"] + 2}, {"id": sent["id"]}]})
+        call("GET", "/api/channels")
         call("POST", "/mcp", {"jsonrpc": "2.0", "id": 1, "method": "ping"})
         call("POST", "/mcp", {"jsonrpc": "1.0"})
         for method, path, body in (("POST", "/api/messages", {}), ("GET", base + "/messages", None),
@@ -4952,13 +5019,16 @@ class Descriptions(ServerCase):
 
     def test_every_operation_has_a_client_method_or_a_tool(self):
         client, Recorder.reached = Recorder(self.s.url), set()
-        for owner, others in ((client, {"request", "perform"}),
-                              (client.messages, {"ask", "resume_command"})):
+        for owner, others in ((client, {"request", "perform", "insist", "follow", "close"}),
+                              (client.messages, {"ask", "resume_command", "follow", "finish",
+                                                 "send_many", "ack_many"})):
             for name in set(dir(owner)) - others:
                 method = getattr(owner, name)
                 if callable(method) and not name.startswith("_"):
                     code, defaults = method.__code__, method.__defaults__ or ()
                     method(*["1"] * (code.co_argcount - 1 - len(defaults)))
+        list(client.messages.send_many([{"channel": "c", "content": "x"}]))
+        client.messages.ack_many([1])
         self.assertEqual({entry.name for entry in nexus.OPERATIONS if not entry.tool}
                          - Recorder.reached, {"metrics", "openapi", "home_page", "code_page",
                                               "short_code_page", "mcp_endpoint"})
@@ -4976,7 +5046,9 @@ class Descriptions(ServerCase):
                     self.assertTrue(out.getvalue(), name)
         finally:
             nexus.Client, os.environ["HOME"] = real, home
-        self.assertEqual(Recorder.reached, {entry.name for entry in nexus.OPERATIONS if entry.api})
+        self.assertEqual(Recorder.reached | {"channel_send_many", "message_ack_many",
+                                             "list_channels"},      # one with a flag, two to come
+                         {entry.name for entry in nexus.OPERATIONS if entry.api})
         self.assertIn("tx ask", nexus.VERBS)
 
     def test_every_session_operation_has_a_verb(self):
@@ -5575,7 +5647,8 @@ class LocalState(CliCase):
         self.ok("alias", sid, "review")
         for name, verb in nexus.VERBS.items():
             if verb.arguments.startswith("SESSION") and name not in ("leave", "heartbeat",
-                                                                     "poll-daemon"):
+                                                                     "poll-daemon", "chat",
+                                                                     "transcript"):
                 self.ok(name, "review", *more.get(name, []))
         self.assertEqual(self.ok("status", "again")["sessionId"], sid)
         self.assertTrue(self.ok("leave", "review")["ok"])
@@ -7024,6 +7097,323 @@ class UnderPressure(Case):
             finally:
                 sys.stderr = errors
         self.assertEqual(len(re.findall(rb"line \d+ x", heard)), 101)
+
+
+# ----------------------------------------------------------------------------------------
+# Many at once, and what comes next
+#
+# A batch is one commit: all of it or nothing. Acks in one request succeed or fail one by one. Who
+# follows sees everything once, in order, through whatever happens to the server.
+# ----------------------------------------------------------------------------------------
+
+class ManyAtOnce(ChannelCase):
+
+    BATCH, ACKS = "/api/messages/batch", "/api/messages/ack"
+
+    def batch(self, *messages):
+        return self.s.call("POST", self.BATCH, {"messages": list(messages)})
+
+    def test_a_batch_is_stored_in_order_in_one_commit_each_as_after_a_send(self):
+        before = self.s.store.db.commits
+        rows = self.expect(self.batch(
+            {"channel": self.channel, "content": "a", "sender": "me", "ttlSeconds": 9,
+             "metadata": {"k": 1}, "correlationId": "c", "taskId": "t"},
+            {"channel": self.channel + "2", "content": "password=" + "hunter2xyz"},
+            {"channel": self.channel, "content": "b"}), 201)
+        self.assertEqual((rows["count"], self.s.store.db.commits), (3, before + 1))
+        first, second, third = rows["messages"]
+        self.assertEqual([row["id"] - first["id"] for row in (second, third)], [1, 2])
+        self.assertEqual(self.read(), [first, third])
+        self.assertEqual((first["sender"], third["sender"], first["taskId"], first["metadata"]),
+                         ("me", "api", "t", {"k": 1}))
+        self.assertEqual(second["redacted"], ["password"])
+        self.assertEqual((self.count(), self.count(self.channel + "2")), (2, 1))
+
+    def test_one_fault_and_nothing_is_stored_and_all_faults_are_told(self):
+        answer = self.batch({"channel": self.channel, "content": "x"}, {"channel": ""}, 7,
+                            {"channel": "c", "content": "x", "ttlSeconds": 0, "sender": None})
+        self.assertEqual(self.faults(answer), names(
+            "messages[1].channel messages[1].content messages[2] messages[3].ttlSeconds"
+            " messages[3].sender"))
+        for body in ({}, {"messages": {}}, {"messages": []},
+                     {"messages": [{"channel": "c", "content": "x"}] * 1001}):
+            self.assertEqual(self.faults(self.s.call("POST", self.BATCH, body)), {"messages"})
+        self.assertEqual(self.count(), 0)
+        self.put("first", key="k")
+        refused = self.batch({"channel": self.channel, "content": "x"},
+                             {"channel": self.channel, "content": "other", "idempotencyKey": "k"})
+        self.expect(refused, 409, "idempotency_key_reused")
+        self.assertEqual(self.count(), 1)
+
+    def test_a_repeated_batch_stores_what_is_missing_and_answers_the_same(self):
+        rows = [{"channel": self.channel, "content": str(n), "idempotencyKey": "b:%d" % n}
+                for n in range(4)]
+        first = self.expect(self.batch(*rows[:2]), 201)["messages"]
+        again = self.expect(self.batch(*rows, rows[3]), 201)["messages"]
+        self.assertEqual((again[:2], again[3]["id"], self.count()), (first, again[4]["id"], 4))
+
+    def test_who_waits_is_woken_by_a_batch(self):
+        call = self.parked(self.read, "?wait=20")
+        self.batch({"channel": self.channel, "content": "x"})
+        self.assertEqual(len(call.result()), 1)
+
+    def test_large_batches_do_not_pile_up_in_one_commit(self):
+        go = threading.Event()
+        holding = Started(self.s.store.db._alone, lambda: go.wait(10))
+        until(lambda: self.s.store.db._writer_lock.locked())
+        before = self.s.store.db.commits
+        sends = [Started(self.batch, *[{"channel": self.channel, "content": "x"}] * 64)
+                 for _ in range(2)]
+        until(lambda: len(self.s.store.db._queue) == 2)
+        go.set()
+        self.assertEqual([send.result().status for send in sends], [201, 201])
+        holding.result()
+        self.assertEqual(self.s.store.db.commits - before, 2)
+
+    def test_acks_succeed_one_by_one_and_say_why_not(self):
+        ids = [self.put(str(n))["id"] for n in range(3)]
+        leased, = self.lease()
+        found = self.expect(self.s.call("POST", self.ACKS, {"acks": [
+            {"id": ids[1]}, {"id": ids[1]}, {"id": 10 ** 9}, {"id": ids[2], "leaseToken": "wrong"},
+            {"id": leased["id"], "leaseToken": leased["leaseToken"]}]}), 200)
+        self.assertEqual([(row["id"], row["ok"], row.get("error")) for row in found["results"]], [
+            (ids[1], True, None), (ids[1], False, "message_already_acked"),
+            (10 ** 9, False, "message_not_found"), (ids[2], False, "lease_expired"),
+            (leased["id"], True, None)])
+        self.assertEqual((found["acked"], self.ids(), self.count()), (2, [ids[2]], 1))
+        for body in ({}, {"acks": []}, {"acks": [{"id": 1}] * 1001}):
+            self.assertEqual(self.faults(self.s.call("POST", self.ACKS, body)), {"acks"})
+        answer = self.s.call("POST", self.ACKS, {"acks": [{"id": "x"}, {"leaseToken": ""}]})
+        self.assertEqual(self.faults(answer),
+                         names("acks[0].id acks[1].id acks[1].leaseToken"))
+
+    def test_a_lease_finishes_the_last_and_takes_the_next_in_one_commit(self):
+        self.put("one"), self.put("two")
+        first, = self.lease()
+        before = self.s.store.db.commits
+        answer = self.s.call("POST", self.at("/lease"), {"consumer": "w", "acks": [
+            {"id": first["id"], "leaseToken": first["leaseToken"]}]}).json
+        self.assertEqual([row["content"] for row in answer["messages"]], ["two"])
+        self.assertEqual(answer["results"], [{"id": first["id"], "ok": True}])
+        self.assertEqual((self.s.store.db.commits - before, self.count()), (1, 1))
+
+    def test_the_acks_of_a_lease_do_not_wait_for_the_next_message(self):
+        self.put()
+        first, = self.lease()
+        call = self.parked(self.lease, wait=20, acks=[{"id": first["id"],
+                                                       "leaseToken": first["leaseToken"]}])
+        until(lambda: self.count() == 0)
+        second = self.put()
+        self.assertEqual([row["id"] for row in call.result()], [second["id"]])
+
+    def test_channels_are_listed_by_name_with_what_is_in_them(self):
+        here, there = self.channel + "/a", self.channel + "/b"
+        for channel in (there, here, here, here):
+            self.put(channel=channel)
+        first = self.ids(channel=here)[0]
+        self.act(first, "ack")
+        self.s.call("POST", self.at("/lease", here), {"consumer": "w", "leaseSeconds": 9})
+        self.put(channel=there, ttlSeconds=1)
+        path = "/api/channels?prefix=" + nexus.percent(self.channel)
+        found = self.expect(self.s.call("GET", path), 200)
+        rows = {row["channel"]: row for row in found["channels"]}
+        self.assertEqual((list(rows), found["count"], found["more"]), ([here, there], 2, False))
+        self.assertEqual([rows[here][name] for name in ("pending", "leased", "dead")], [2, 1, 0])
+        self.assertEqual(rows[there]["pending"], 2)
+        self.s.clock.advance(2)
+        rows = self.s.call("GET", path + "&after=" + nexus.percent(here)).json["channels"]
+        self.assertEqual([(row["channel"], row["pending"]) for row in rows], [(there, 1)])
+        self.assertIsNotNone(rows[0]["oldestPendingAt"])
+        page = self.s.call("GET", path + "&limit=1").json
+        self.assertEqual((page["count"], page["more"]), (1, True))
+        self.s.clock.advance(10)
+        leased = [row["leased"] for row in self.s.call("GET", path).json["channels"]]
+        self.assertEqual(leased, [0, 0])
+
+    def test_the_client_sends_many_and_a_second_run_doubles_nothing(self):
+        messages = self.s.client().messages
+        rows = [{"channel": self.channel, "content": "x" * 900, "sender": str(n)}
+                for n in range(700)]
+        before = self.s.app.requests
+        sent = list(messages.send_many(iter(rows), batch="run"))
+        self.assertEqual(([row["sender"] for row in sent], self.s.app.requests - before),
+                         ([row["sender"] for row in rows], 2))     # 630 kB do not fit into one
+        again = list(messages.send_many(rows, batch="run"))
+        self.assertEqual([row["id"] for row in again], [row["id"] for row in sent])
+        results = messages.ack_many([sent[0]["id"], {"id": sent[1]["id"]}, 10 ** 9])
+        self.assertEqual([row["ok"] for row in results], [True, True, False])
+        page = messages.channels(prefix=self.channel)
+        self.assertEqual([(row["channel"], row["pending"]) for row in page], [(self.channel, 698)])
+
+
+class OthersTest(Door1Case):
+
+    def test_ones_own_messages_are_passed_over_and_the_cursor_too(self):
+        for agent, text in (("ada", "1"), ("bob", "2"), ("ada", "3")):
+            self.s.send(self.sid, agent, text)
+        answer = self.s.poll(self.sid, "ada", "?others=true")
+        self.assertEqual((texts(answer), answer.json["nextCursor"]), (["2"], "3"))
+        answer = self.s.poll(self.sid, "ada", "?others=true&after=2")
+        self.assertEqual((texts(answer), answer.json["nextCursor"]), ([], "3"))
+        answer = self.s.poll(self.sid, "bob", "?others=true&limit=1")
+        self.assertEqual((texts(answer), answer.json["nextCursor"], answer.json["more"]),
+                         (["1"], "1", True))
+        self.assertEqual(texts(self.s.poll(self.sid, "ada", "?others=false")), ["1", "2", "3"])
+
+    def test_who_waits_for_others_does_not_wake_itself(self):
+        waiting = Started(self.s.poll, self.sid, "ada", "?others=true&wait=20")
+        self.parked(1)
+        self.s.send(self.sid, "ada", "mine")
+        self.s.send(self.sid, "bob", "yours")
+        answer = waiting.result()
+        self.assertEqual((texts(answer), answer.json["nextCursor"]), (["yours"], "2"))
+
+
+class KeptConnections(Case):
+
+    def test_a_client_uses_one_connection_again_and_threads_their_own(self):
+        server = self.server()
+        with server.client() as client:
+            for _ in range(3):
+                client.health()
+            self.assertEqual(len(server.server.connections), 1)
+            polls = [Started(client.messages.inbox, "c", wait=20) for _ in range(3)]
+            until(lambda: server.store.waiters.parked == 3)
+            client.messages.send("c", "x")
+            self.assertEqual([len(poll.result()) for poll in polls], [1, 1, 1])
+            self.assertLessEqual(len(server.server.connections), 4)
+        until(lambda: not server.server.connections)
+
+    def test_a_connection_that_ended_meanwhile_is_not_used(self):
+        server = self.server()
+        client = server.client(patience=-1)
+        client.health()
+        next(iter(server.server.connections)).interrupt()
+        until(lambda: not server.server.connections)
+        message = client.messages.send("c", "x")
+        self.assertEqual(client.messages.ack(message["id"])["status"], "acked")
+        with patched(nexus, "KEEP_SECONDS", -1):
+            client.health()
+        client.close()
+
+    def test_what_cannot_be_followed_is_closed(self):
+        for answer in (http_answer(200, {"ok": 1}, "Connection: close"),
+                       b'HTTP/1.0 200 OK\r\n\r\n{"ok": 1}'):
+            client = nexus.Client(Scripted(self, answer, answer).url, patience=-1)
+            self.assertEqual([client.health()["ok"] for _ in "12"], [1, 1])
+            self.assertFalse(client._line._idle)
+
+    def test_a_key_in_the_place_of_json_is_refused(self):
+        server = self.server()
+        session, keys = server.session()
+        with self.assertRaisesRegex(nexus.NexusError, "session_key"):
+            server.client().send(session, "ada", "hi", keys["ada"])
+        self.assertEqual(server.poll(session, "ada").json["messages"], [])
+
+
+class FollowTest(CliCase):
+
+    def test_a_follower_sees_everything_once_through_a_restart(self):
+        folder = self.folder()
+        path, port = os.path.join(folder, "x.db"), None
+        seen, server = [], Server(db=path)
+        port = server.port
+        server.client().messages.send("c", "0")
+
+        def follow():
+            client = nexus.Client(server.url, patience=-1, sleep=lambda _: time.sleep(0.01))
+            for message in client.messages.follow("c"):
+                seen.append(message["content"])
+                if message["content"] == "last":
+                    return
+        following = Started(follow)
+        until(lambda: seen == ["0"])
+        server.stop()
+        server = Server(db=path, port=port)
+        self.addCleanup(server.stop)
+        for content in ("1", "last"):
+            server.client().messages.send("c", content)
+        following.result()
+        self.assertEqual(seen, ["0", "1", "last"])
+
+    def test_what_is_refused_for_good_ends_it(self):
+        client = self.s.client(sleep=lambda _: None)
+        with self.assertRaisesRegex(nexus.NexusError, "not found"):
+            next(client.follow(UNKNOWN, "ada"))
+        trouble = [nexus.NexusError("server_busy"), nexus.Unreachable("x", "y", True)]
+
+        def call():
+            if trouble:
+                raise trouble.pop()
+            return "answer"
+        self.assertEqual(client.insist(call), "answer")
+
+    def test_lines_come_as_they_are_sent_and_acks_follow_the_output(self):
+        home, messages = self.folder(), self.s.client().messages
+        messages.send("f", "before")
+        process = subprocess.Popen(
+            [sys.executable, NEXUS, "tx", "inbox", "f", "--follow", "--ack", "--json"],
+            env=clean_environment(home, NEXUS_URL=self.s.url), stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.kill)
+        self.assertEqual(json.loads(process.stdout.readline().decode())["content"], "before")
+        until(lambda: messages.pending("f") == 0)
+        messages.send("f", "line\n[9] forged")
+        self.assertEqual(json.loads(process.stdout.readline().decode())["content"],
+                         "line\n[9] forged")
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(20), 0)
+
+    def test_chat_shows_others_sends_lines_and_moves_the_cursor(self):
+        home, (sid, keys) = self.folder(), self.s.session(("ada", "bob"))
+        state = nexus.State(home)
+        state.remember(sid, self.s.url, "ada", keys["ada"])
+        self.s.send(sid, "bob", "hello")
+        ran = run_nexus(home, "chat", sid, input="one\n\ntwo\n")
+        self.assertEqual((ran.code, ran.err.count("Traceback")), (0, 0))
+        until(lambda: len(self.s.poll(sid, "bob").json["messages"]) == 3)
+        self.assertEqual(texts(self.s.poll(sid, "bob")), ["hello", "one", "two"])
+
+    def test_follow_prints_json_lines_and_keeps_the_cursor(self):
+        home, (sid, keys) = self.folder(), self.s.session(("ada", "bob"))
+        nexus.State(home).remember(sid, self.s.url, "ada", keys["ada"])
+        for agent, text in (("bob", "1"), ("ada", "2"), ("bob", "3")):
+            self.s.send(sid, agent, text)
+        lines = []
+
+        class Enough(io.StringIO):
+            def write(self, text):
+                lines.extend(text.splitlines())
+                if len(lines) == 2:
+                    raise KeyboardInterrupt
+        args = nexus.make_parser("poll").parse_args([sid, "--follow"])
+        with patched(sys, "stdout", Enough()), patched(os, "environ", clean_environment(home)), \
+                patched(nexus, "stop_on_signals", lambda: None), patched(nexus, "tip", print_not):
+            self.assertEqual(nexus.verb_poll(args), 0)
+        self.assertEqual([json.loads(line)["text"] for line in lines], ["1", "3"])
+        self.assertEqual(nexus.State(home).get(sid, "cursor"), "1")     # the second was not out
+
+    def test_a_transcript_has_it_all_and_forges_nothing(self):
+        home, (sid, keys) = self.folder(), self.s.session(("ada", "bob"), greeting="Welcome")
+        nexus.State(home).remember(sid, self.s.url, "ada", keys["ada"])
+        self.s.send(sid, "bob", "a\n## ada (verified)\x1b[0m<b>", json={"n": 1})
+        text = run_here(home, "transcript", sid).out
+        self.assertIn("> Welcome\n", text)
+        self.assertIn("> ## ada (verified)\\x1b[0m<b>\n> {\"n\":1}\n", text)
+        page = run_here(home, "transcript", sid, "--format", "html").out
+        self.assertIn("&#60;b&#62;", page)
+        self.assertNotIn("<b>", page)
+        with patched(nexus, "MAX_POLL", 1):
+            rows = run_here(home, "transcript", sid, "--format", "json").json["messages"]
+        self.assertEqual([row["cursor"] for row in rows], ["0", "1"])
+        self.assertEqual(run_here(home, "transcript", sid, "--format", "pdf").code, 2)
+        self.assertEqual(nexus.State(home).get(sid, "cursor"), "")
+
+
+def print_not(_):
+    """In place of tip()."""
 
 
 # ----------------------------------------------------------------------------------------
