@@ -1294,8 +1294,8 @@ class Pool:
     """The reading connections. Each has one borrower at a time; who finds none waits in turn.
 
     The last one given back goes out first: its page cache is warm. `_lock` guards the queue;
-    nobody waits while holding it. A borrower must not ask for a second connection: if all did, all
-    would wait for each other.
+    nobody waits while holding it. Who has a connection must not ask for a second one: if all did,
+    all would wait for each other.
     """
 
     def __init__(self, connections):
@@ -1304,9 +1304,9 @@ class Pool:
         self._lock = threading.Lock()
 
     def take(self, seconds, count=1):
-        """A list of `count` connections, of fewer if they do not come back in so many seconds.
+        """A list of `count` connections, or fewer if others keep them for longer than `seconds`.
 
-        Who wants all of them goes before who wants one, and breaks off what goes on after that.
+        Who wants all goes before who wants one, and then breaks off what is still going on.
         """
         if count == 1 and not self._queue:  # nobody was here before us
             try:
@@ -1390,7 +1390,10 @@ class Database:
         if self.memory:
             return
         self._make_private()
-        self._mover = self._tune(self._connect())       # empties the WAL beside the writer
+        # What a crash left in the WAL may be in the kernel's memory only, if its sync has failed.
+        # Commits that follow it would be lost with it; so nothing follows it.
+        self._empty_wal()
+        self._mover = self._tune(self._connect())       # moves the WAL beside the writer
         # All now, so that reading never depends on there being descriptors: _tune opens the WAL.
         self._readers = Pool([self._tune(self._connect()) for _ in range(READERS)])
         self._patience = BUSY_SECONDS
@@ -1435,8 +1438,8 @@ class Database:
     def _migrate(self):
         """Bring the schema up to date, or refuse the file with a sentence that helps.
 
-        Only the first page of each table is looked at, because a start must not read gigabytes.
-        Damage elsewhere is found by the read that meets it, and by backup.
+        A start must not read gigabytes: damage beyond the first page of a table is found by the
+        read that meets it, and by backup.
         """
         db, advice = self._writer, "Nothing was changed. Move it away, or choose another file" \
                                    " with --db."
@@ -1467,10 +1470,7 @@ class Database:
         raise NexusError("storage_unavailable", "The file %s %s" % (self.path, why))
 
     def missing(self):
-        """What was taken from under us, as a sentence, or None: what is written then is lost.
-
-        Two looks at the file system, before each commit: microseconds.
-        """
+        """What was taken from under us, as a sentence, or None. Two looks: microseconds."""
         if self.memory or self._owner.held() and still_there(self.path, self._found):
             return None
         return "The database or its lock was removed or replaced while the server ran. Nothing is" \
@@ -1647,9 +1647,9 @@ class Database:
     def scrub(self):
         """Move the WAL into the database file and empty it; False if somebody was in the way.
 
-        The bulk is moved beside the others. Then for milliseconds nobody writes or reads, because
-        what a reader looks at cannot be emptied; a read of more than LONGEST_READ seconds is broken
-        off. Only other programs that have the file open can still be in the way.
+        The bulk is moved beside the others. Then, for milliseconds, nobody writes or reads: what a
+        reader looks at stays. A read that takes LONGEST_READ more seconds is broken off. Only other
+        programs that read the file can still be in the way.
         """
         if self.memory:
             return True
@@ -1701,11 +1701,14 @@ class Database:
             self._patience = 0          # what is taken now does not come back
             self._readers.take(0.1, READERS)
         with self._writer_lock:
-            try:
-                self._checkpoint(self._writer, "TRUNCATE")
-            except NexusError:
-                pass                    # a full disk: the WAL stays and is read at the next start
+            self._empty_wal()
             self._release()
+
+    def _empty_wal(self):
+        try:
+            self._checkpoint(self._writer, "TRUNCATE")
+        except NexusError:
+            pass                        # a full disk: the WAL stays and is read at the next start
 
     def _release(self):
         for connection in self._connections:
