@@ -65,11 +65,13 @@ class Later:
 
 argparse = Later("argparse")
 calendar = Later("calendar")
+difflib = Later("difflib")
 futures = Later("concurrent.futures", "futures")
 hashlib = Later("hashlib")
 hmac = Later("hmac")
 http_server = Later("http.server", "http_server")
 itertools = Later("itertools")
+py_compile = Later("py_compile")
 queue = Later("queue")
 secrets = Later("secrets")
 selectors = Later("selectors")
@@ -83,6 +85,7 @@ struct = Later("struct")
 subprocess = Later("subprocess")
 tempfile = Later("tempfile")
 threading = Later("threading")
+unicodedata = Later("unicodedata")
 urllib_parse = Later("urllib.parse", "urllib_parse")
 
 # ----------------------------------------------------------------------------------------
@@ -112,6 +115,7 @@ MAX_ASK = 3600                  # seconds that the tool tx_ask may wait
 MAX_LEASE_SECONDS = 3600        # a worker that needs longer extends its lease
 MANY_BYTES = 500000             # of them in a request of our client: half of --max-body
 MAX_MANY = 1000                 # messages sent, or acks, in one request and one commit
+MANY_SECONDS = 0.05             # lines on stdin that come within this go in one request
 DEFAULT_CHANNELS = 100          # channels in one answer when no limit is given
 MAX_LEASES_AT_ONCE = 100        # messages in one lease answer
 MAX_NAME = 256                  # characters in a channel, sender, task or correlation id
@@ -151,6 +155,8 @@ LINGER_SECONDS = 2              # how long, and
 LINGER_BYTES = 1 << 20          # unread bytes we swallow after a refusal, so that it is read
 HEADER_LINES = 64               # in a request's head
 JSON_DEPTH = 100                # levels of nesting in JSON
+TURN_SECONDS = 0.001            # a long computation lets other threads run this often
+STEP_CHARACTERS = 4096          # that one pattern reads at once: 0.1 ms, of the worst text 1 ms
 DIGITS = 400                    # digits in a number of a JSON body: more is an attack on int()
 CLIENT_ATTEMPTS = 4             # tries of our own client
 CLIENT_SECONDS = 10             # for each of them, all in all, waiting not counted
@@ -161,10 +167,36 @@ KEEP_SECONDS = 50               # an idle connection of our client is used again
                                 # server closes it after IDLE_SECONDS
 KEEP_IDLE = 16                  # idle connections that one client keeps
 LONGEST_PAUSE = 30              # seconds between tries of who follows, doubling from 1
+LONGEST_DELAY = 300             # seconds until a worker's failed message comes again, from 1
+WORKER_WAIT = 1                 # seconds that an idle worker waits at a time: Ctrl-C takes as long
+ENVIRON_BYTES = 30000           # of one variable of a command: Windows takes 32,767
+NEWS_SECONDS = 0.8              # for a look by `news`, so that a hook is over within a second
+NEWS_MESSAGES = 100             # that such a look counts
+TOLD_SECONDS = 7 * 86400        # what `news --once KEY` has told is remembered this long
 CLIENT_BACKOFF = 0.2            # seconds before the second try; doubles; jitter of +-50 %
-MCP_LINE = 4 * 1024 * 1024      # bytes in one JSON-RPC line on stdin
+LINE_BYTES = 4 * 1024 * 1024    # in one line on stdin, of JSON-RPC or of messages
+STDIN_BYTES = 65536             # read of such lines at a time; 16 times as many wait to be sent
+PROGRESS_SECONDS = 0.2          # between two looks of who waits for them
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}        # seconds, in what people write
+TIME_FORMS = "a time looks like 90, 30s, 5m, 2h, 1d or 1h30m, not "
 
-Setting = collections.namedtuple("Setting", "name default low help")
+
+
+def duration(text, whole=True, bare="s"):
+    """The seconds in text such as 90, 30s, 2h or 1h30m; `bare` is the unit of a number without one.
+
+    Raises ValueError for anything else; `whole`: for parts of a second, too.
+    """
+    full = text + bare if re.fullmatch(r"[0-9.]+", text) else text
+    parts = re.findall(r"([0-9]{1,19}(?:\.[0-9]{1,9})?)([smhd])", full)
+    seconds = round(sum((float if "." in number else int)(number) * UNITS[unit]
+                        for number, unit in parts), 6)
+    if not parts or "".join(map("".join, parts)) != full or whole and seconds % 1:
+        raise ValueError(TIME_FORMS + repr(text))
+    return int(seconds) if whole else seconds
+
+
+Setting = collections.namedtuple("Setting", "name default low help kind", defaults=(int,))
 Setting.__doc__ = """One option of `serve`: a default of None is a path or text, False a switch."""
 
 SETTINGS = (
@@ -176,9 +208,10 @@ SETTINGS = (
             " (better: NEXUS_TOKEN or --token-file, which `ps` does not show)"),
     Setting("token_file", None, None, "file of accepted tokens, one a line"),
     Setting("insecure", False, None, "allow a non-loopback --host without any token"),
-    Setting("max_ttl", 86400, 1, "longest life of a session, seconds"),
+    Setting("max_ttl", 86400, 1, "longest life of a session: seconds, or such as 1d", duration),
     Setting("max_agents", DEFAULT_MAX_AGENTS, 1, "most agents a session may ask for"),
-    Setting("agent_inactivity", 0, 0, "seconds of silence that remove an agent; 0 = off"),
+    Setting("agent_inactivity", 0, 0, "silence that removes an agent: seconds, or such as 5m;"
+            " 0 = off", duration),
     Setting("max_attempts", 5, 1, "leases of one message before it counts as dead"),
     Setting("rate_limit", 100, 0, "requests per 60 s and client address; 0 = off; loopback is"
             " exempt unless this is set"),
@@ -244,10 +277,11 @@ class Settings:
         if not isinstance(row.default, int):
             return str(value)
         try:
-            number = int(value)
-        except ValueError:
-            raise ValueError("%s (%s) needs a whole number, not %r"
-                             % (flag, environment_name(row), value)) from None
+            number = row.kind(str(value))
+        except ValueError as trouble:
+            raise ValueError("%s (%s) needs a whole number, not %r%s" % (
+                flag, environment_name(row), value,
+                "; %s" % trouble if row.kind is duration else "")) from None
         highest = 65535 if row.name == "port" else MAX_ID
         if not row.low <= number <= highest:
             raise ValueError("%s must be between %d and %d" % (flag, row.low, highest))
@@ -686,10 +720,43 @@ log = Log()
 # with their issuer's prefix, shapes are known by what stands around them (password=, ://user:).
 # A pattern runs only after a literal of its row was found, so an ordinary message costs one
 # microsecond; no pattern can look at a character more than a bounded number of times, so a
-# hostile one costs linear time. Bare hashes and ids are left alone: messages are full of them.
+# hostile one costs linear time, and others get their turn meanwhile. Bare hashes and ids are
+# left alone: messages are full of them.
 # ----------------------------------------------------------------------------------------
 
+def unhurried(items):
+    """The same items; other threads get their turn after each millisecond of work with them.
+
+    CPython takes 5 ms to change threads, and calls of C can't be stopped. Sleeping for 0 won't do:
+    who waits wakes too late, and its 5 ms begin anew (1.4 s on Python 3.8; this way 2 ms).
+    """
+    began = time.perf_counter()
+    for item in items:
+        yield item
+        if time.perf_counter() - began > TURN_SECONDS:
+            time.sleep(1e-6)
+            began = time.perf_counter()
+
+
+def _matches(pattern, text, at=0, reach=512):
+    """Like pattern.finditer, but without a long call of C.
+
+    A step looks for what begins before `stop`. It sees `reach` characters more, so that the cut
+    changes no verdict; what goes on behind `stop` is matched again with all of the text.
+    """
+    step = max(STEP_CHARACTERS, reach)
+    for stop in unhurried(range(at + step, len(text) + step, step)):
+        for match in pattern.finditer(text, max(at, stop - step), stop + reach):
+            if match.start() >= stop:
+                break
+            if match.end() > stop:
+                match = pattern.match(text, match.start())
+            at = match.end()
+            yield match
+
+
 _MARKER = "[REDACTED:"
+_LONGEST = 4096  # characters of a quoted secret; and no name, path or sentence's end is longer
 
 # What may be set to a secret's name without being a secret. Matched at the value's start.
 _PLACEHOLDER = r"""(?xs)
@@ -703,16 +770,18 @@ _PLACEHOLDER = r"""(?xs)
   | (?:~|\.{1,2})?(?:/[a-z.][\w.-]*)+$    # the file that holds the secret
 """
 # Also no secret, anywhere in the value: masked ones, and those that were redacted before.
-_MASKED = r"x{5}|X{5}|\*{3}|\.{3}|…|•{3}|%[sdr]|EXAMPLE(?:KEY)?$|\[REDACTED:"
-# Code and prose that may stand where an unquoted value could.
-_CODE = r"""(?x)
-    [A-Za-z_][\w.]*[(\[]                  # get_token()  os.environ["X"]  Optional[str]
+# Spelt out, because with all first characters known the engine is five times as fast.
+_MASKED = r"xxxxx|XXXXX|\*\*\*|\.\.\.|…|•••|%[sdr]|EXAMPLE(?:KEY)?$|\[REDACTED:"
+# Code that may stand where an unquoted value could.
+_CODE = _PLACEHOLDER + r"""
+  | [A-Za-z_][\w.]*[(\[]                  # get_token()  os.environ["X"]  Optional[str]
   | [A-Za-z_]+(?:\.[A-Za-z_]\w*)+$        # process.env.X  self.token
-  | (?i:[\w.-]{0,40}(?:password|passwd|pwd|secret|token|key)s?_?\d?)$
+  | [\w.-]{0,40}[PSTKpstk](?i:(?<=p)(?:assword|asswd|wd)|(?<=s)ecret|(?<=t)oken|(?<=k)ey)[Ss]?_?\d?$
   | (?!\d+$)[\d.,:/%-]+$                  # 8-64  0.0015  12:30
   | v\d[\w.-]*$                           # an image's tag, my-secret:v1.2.3
   | (?i:sha|md|aes|rsa|base|hs|rs|es|oauth|argon)-?\d+(?:-?[a-z]{2,3})?$
 """
+_SYMBOL = r"[0-9!@#$^&+=~|]"
 _PROSE = r"(?i)\b(?:an?|the|is|are|be|must|may|should|not|your|please|to|of|for|at|required)\b"
 _NOT_SECRETS = frozenset(
     "none null true false undefined string bytes text number integer boolean object value type"
@@ -738,8 +807,9 @@ def _name_pattern():
     names = sorted((n for _, row in _NAMES for n in row.split()), key=len, reverse=True)
     # Sets of the first three letters let the engine skip other words ten times as fast.
     sets = tuple("".join(sorted(set(column))) for column in zip(*names))[:3]
-    rest = ("(?<=%s)%s" % (n[0], n[1:].replace("_", "[-_. ]?")) for n in names)
-    return "[%s](?=[%s][%s])(?i:%s)" % (*(s + s.upper() for s in sets), "|".join(rest))
+    cased = dict({c: "[%s%s]" % (c, c.upper()) for c in "".join(names)}, _="[-_. ]?")
+    rest = ("".join((cased[b], "(?<=%s.)" % cased[a], *map(cased.get, c))) for a, b, *c in names)
+    return "[%s](?=[%s][%s])(?:%s)" % (*(s + s.upper() for s in sets), "|".join(rest))
 
 
 def _kind_of(name):
@@ -747,9 +817,8 @@ def _kind_of(name):
     plain = name[-40:].lower().rstrip("0123456789")
     for separator in "-_. ":
         plain = plain.replace(separator, "")
-    if plain.endswith(_HARMLESS):
-        return None
-    return next((kind for kind, endings in _ENDINGS if plain.endswith(endings)), None)
+    kinds = [kind for kind, endings in _ENDINGS if plain.endswith(endings)]
+    return kinds[0] if kinds and not plain.endswith(_HARMLESS) else None
 
 
 @functools.lru_cache(maxsize=None)
@@ -758,26 +827,27 @@ def _compiled(pattern):
     return re.compile(pattern, re.ASCII)
 
 
-def _is_placeholder(value):
-    return bool(_compiled(_PLACEHOLDER).match(value) or _compiled(_MASKED).search(value))
+def _is_placeholder(value, pattern=_PLACEHOLDER):
+    value = value if len(value) <= _LONGEST else value[:_LONGEST] + "\0"  # nothing ends there
+    return bool(_compiled(pattern).match(value) or _compiled(_MASKED).search(value))
 
 
-def _is_literal(kind, value):
+def _is_literal(kind, value, pattern=_PLACEHOLDER):
     """Whether a string set to the name of a secret is that secret."""
     if len(value) < (4 if kind == "password" else 6) or value[0] in " \t+,;)":
         return False  # the quote ended a string of code: "?token=" + token + "&x=1"
-    if value.lower() in _NOT_SECRETS or _is_placeholder(value):
+    if value[:20].lower() in _NOT_SECRETS or _is_placeholder(value, pattern):
         return False
     if kind == "password":  # may be a phrase, but not a sentence about passwords
-        return not (_compiled(_PROSE).search(value) and " " in value)
+        return not (" " in value and any(_matches(_compiled(_PROSE), value)))
     # Tokens are also the words of a text, {"token": "hello"}, and numbers of them are counts.
     return not (value.isdigit() or _compiled(r"\s").search(value)
                 or kind == "token" and len(value) < 8 and value.isalpha())
 
 
-def _is_setting(kind, value, match):
+def _is_setting(kind, value, match, end):
     """A plain word is a secret in NAME=word and in a line of YAML, not in f(password=word)."""
-    text, start, follows = match.string, match.start(), match.string[match.end():match.end() + 1]
+    text, start, follows = match.string, match.start(), match.string[end:end + 1]
     if match["sep"] == "=":
         return follows not in tuple("),.") and (kind == "password" or match["name"].isupper())
     if not (kind == "password" and ":" in match["sep"] and value.islower()):
@@ -787,23 +857,14 @@ def _is_setting(kind, value, match):
             and _compiled(r"[\s>*-]*[\w.-]*$").match(line) is not None)
 
 
-def _is_bare_literal(kind, value, match):
-    """The same without quotes, where code and prose stand in the same place as a literal."""
-    if not _is_literal(kind, value) or _compiled(_CODE).match(value):
-        return False
-    if _compiled(r"[0-9!@#$^&+=~|]").search(value):
-        return len(value) >= 6 or match["sep"] == "="
-    return value.replace("-", "").isalpha() and _is_setting(kind, value, match)
-
-
 def _is_aws_secret(value):
     """Lower case, upper case and a digit: no git SHA and hardly ever a path."""
-    return _compiled(r"(?=.*[a-z])(?=.*[A-Z])(?=.*\d)[A-Za-z0-9/+]{40}(?<!EXAMPLEKEY)$"
-                     ).match(value) is not None
+    return len(value) < 42 and _compiled(
+        r"(?=.*[a-z])(?=.*[A-Z])(?=.*\d)[A-Za-z0-9/+]{40}(?<!EXAMPLEKEY)$").match(value)
 
 
 def _accept_token(match):
-    return _compiled(r"x{6}|X{6}|EXAMPLE$").search(match[0]) is None
+    return _compiled(r"xxxxxx|XXXXXX|EXAMPLE$").search(match[0]) is None
 
 
 def _accept_value(match):
@@ -824,16 +885,32 @@ def _accept_aws_secret(match):
 
 
 def _accept_assignment(match):
-    """The type of the secret, which depends on the name."""
-    head = match.string[max(0, match.start() - 32):match.start()]
+    """The type of the secret, which depends on the name, and its end."""
+    text, (start, end), quote = match.string, match.span("secret"), match["quote"]
+    head = text[max(0, match.start() - 32):match.start()]
     kind, (_, marker, word) = _kind_of(head + match["name"]), head.rpartition(_MARKER)
     if not kind or marker and "]" not in word:
         return None  # the name is the type in a marker: [REDACTED:api-key]: 12345678
-    if match["quote"]:
-        return kind if _is_literal(kind, match["secret"]) else None
-    return kind if _is_bare_literal(kind, match["secret"], match) else None
+    if not quote:
+        tail = text[max(start, end - _LONGEST):end]
+        end -= len(tail) - len(tail.rstrip(".:?)]}*"))
+    value = text[start:end]
+    if not _is_literal(kind, value, _PLACEHOLDER if quote else _CODE):
+        return None
+    if quote or (len(value) >= 6 or match["sep"] == "=") and _compiled(_SYMBOL).search(value):
+        return kind, end  # without quotes code and prose stand in the same place as a literal
+    word = value.replace("-", "").isalpha() and _is_setting(kind, value, match, end)
+    return (kind, end) if word else None
 
 
+def _accept_block(match):
+    """A private key goes to the end of its block, or of the text where the end is missing."""
+    ends = _compiled(r"----[- ]END [A-Z0-9 ]{0,60}[- ]----")
+    last = next(_matches(ends, match.string, match.end()), None)
+    return "private-key", last.end() if last else len(match.string)
+
+
+@functools.lru_cache(maxsize=None)
 def _begins_word(width):
     """What looks back over `width` characters and wants the begin of a word before them.
 
@@ -843,12 +920,14 @@ def _begins_word(width):
         "." * width)
 
 
-Rule = collections.namedtuple("Rule", "type needles pattern accept", defaults=(_accept_token,))
+Rule = collections.namedtuple("Rule", "type needles pattern accept reach",
+                              defaults=(_accept_token, 512))
 Rule.__doc__ = """A row: where to look (needles), what for (pattern), is it meant (accept).
 
 In _TOKENS a needle is the token's own beginning and the pattern what follows it; in _SHAPES
 needles are lower case and the pattern is whole. A group `secret` is replaced alone,
-otherwise all that matched. A row without a type takes it from what `accept` returns.
+otherwise all that matched. A row without a type takes it, and the secret's end, from what
+`accept` returns. After `reach` characters it is decided whether there is a match.
 """
 
 # Unbounded repeats stand only at the end of a pattern, where nothing can fail after them.
@@ -896,21 +975,18 @@ _TOKENS = (
     Rule("tailscale-key", "tskey-", r"[A-Za-z0-9-]{16,}"),
     Rule("age-key", "AGE-SECRET-KEY-1", r"[A-Z0-9]{32,}"),
     # Three parts, and never begun inside a part: that would make a long one quadratic.
-    Rule("jwt", "eyJ", r"(?<![_-]eyJ)[\w-]{8,9000}\.eyJ[\w-]{8,90000}\.[\w-]{16,}"),
+    Rule("jwt", "eyJ", r"(?<![_-]eyJ)[\w-]{8,9000}\.eyJ[\w-]{8,90000}\.[\w-]{16,}", reach=99100),
 )
 
 _QUOTE = r"""\\{0,3}["'`]"""
-# A string up to its closing quote; without quotes up to a blank, and not the punctuation before
-# it, which is the sentence's. Where a quote is never closed, the line is the secret.
+# A string up to its closing quote; without quotes up to a blank, of which the punctuation at the
+# end is the sentence's. Where a quote is never closed, the line is the secret.
 _VALUE = r"""(?P<quote>%s)?(?P<secret>(?(quote)(?:(?!(?P=quote))(?:\\.|[^\n\\])){1,4096}|
-             [^\s"'`,;&<>\\]*[^\s"'`,;&<>\\.:?)\]}*]))""" % _QUOTE
+             (?=[.:?)\]}*]{0,4096}[^\s"'`,;&<>\\.:?)\]}*])[^\s"'`,;&<>\\]+))""" % _QUOTE
 
-# To the end of the block, or of the text where the end is missing. A line break, plain or as \n
-# in JSON, or base64 must follow the header, so talking about headers is free.
-_PRIVATE_KEY = Rule("private-key", "----",
-                    r"(?s)----[- ]BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?[- ]----"
-                    r"(?=[ \t]{0,3}(?:[\r\n]|\\+[rn])|\s?[A-Za-z0-9+/=]{24})"
-                    r".*?(?:----[- ]END [A-Z0-9 ]{0,60}[- ]----|\Z)", lambda match: True)
+# A line break, plain or as \n in JSON, or base64 must follow, so talking about headers is free.
+_PRIVATE_KEY = Rule("", "----", r"----[- ]BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?[- ]----"
+                    r"(?=[ \t]{0,3}(?:[\r\n]|\\+[rn])|\s?[A-Za-z0-9+/=]{24})", _accept_block)
 
 _SHAPES = (
     Rule("telegram-token", ":a", r"\d%s\d{7,9}:A[\w-]{34}(?![\w-])" % _begins_word(1)),
@@ -919,16 +995,17 @@ _SHAPES = (
          r"""(?P<secret>[^\s/?#"'<>]{1,300})@(?!sha256:)""", _accept_value),
     Rule("auth-header", "authorization", r"""[Aa](?i:uthorization)["'`\\\]]{0,5}[ \t]{0,3}[:=,]"""
          r"""[ \t]{0,3}(?:%s)?(?i:bearer|basic|token)[ \t]{1,3}"""
-         r"""(?P<secret>[\w.~+/=-]{2,9000}[\w~+/=-])""" % _QUOTE, _accept_header),
+         r"""(?P<secret>[\w.~+/=-]{2,9000}[\w~+/=-])""" % _QUOTE, _accept_header, 9100),
     Rule("auth-header", "bearer", r"[Bb](?i:earer)[ \t]{1,3}(?=[A-Za-z_.~+/=-]{0,60}\d)"
-         r"(?P<secret>[\w.~+/=-]{19,9000}[\w~+/=-])", _accept_header),
+         r"(?P<secret>[\w.~+/=-]{19,9000}[\w~+/=-])", _accept_header, 9100),
     Rule("aws-secret-key", "aws secret",
-         r"(?<![A-Za-z0-9/+])[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])", _accept_aws_secret),
+         r"[A-Za-z0-9/+](?<![A-Za-z0-9/+].)[A-Za-z0-9/+]{39}(?![A-Za-z0-9/+=])",
+         _accept_aws_secret),
     # password = "x", "apiKey": "x", --token=x, config['secret'] = 'x', token: str = "x"
     Rule("", "pass pwd secret token key", r"""(?x)(?P<name>%s)\d{0,2}["'`\\*]{0,4}\]?
          (?:[ ]?:[ ]?[A-Za-z][\w.\[\]]{0,30}[ ]?(?==))?
          (?P<sep>[ \t]{0,3}(?::=|=>|=(?![=~>])|:(?!:|//))[ \t]{0,8}\*{0,2}[ ]?)%s"""
-         % (_name_pattern(), _VALUE), _accept_assignment),
+         % (_name_pattern(), _VALUE), _accept_assignment, _LONGEST + 200),
 )
 
 # The rows by one character of their needles: most texts lack it, which spares many look-ups.
@@ -943,7 +1020,7 @@ _BY_NEEDLE = tuple((rule.needles.split(), rule) for rule in _SHAPES)
 _OUTLINE = bytes(119 if byte < 128 and chr(byte).isalnum() or byte in b"_-./+" else 32
                  for byte in range(256))
 _SHORTEST = len("pwd=1234")
-_TOKEN_RUN, _LONG_RUN = b"w" * 20, b"w" * 50
+_TOKEN_RUN, _LONG_RUN = "w" * 20, "w" * 50
 # Rows whose prefix is too common to look for, `task-` has one, but which are never short.
 _LONG = (
     Rule("openai-key", "", r"sk-%s[A-Za-z0-9]{16,48}T3BlbkFJ[A-Za-z0-9]{16,}\w*" % _begins_word(3)),
@@ -951,45 +1028,33 @@ _LONG = (
     Rule("discord-token", "", r"[MNO]%s(?=[\w-]{0,24}\d)[\w-]{22,27}\.[\w-]{6}\.[\w-]{27,}"
          % _begins_word(1)),
 )
-_SESSION_KEY = r"(?:(?<![0-9a-fA-F])|(?<=%[0-9a-fA-F]{2}))[0-9a-fA-F]{64}(?![0-9A-Za-z])"
+_SESSION_KEY = (r"[0-9a-fA-F](?:(?<![0-9a-fA-F].)|(?<=%[0-9a-fA-F]{2}.))[0-9a-fA-F]{63}"
+                r"(?![0-9A-Za-z])")
 
 
-@functools.lru_cache(maxsize=None)
-def _token_pattern(prefix, tail):
-    # The literal stands first, because then the engine finds it at the speed of `in`. The rest
-    # of the word goes too: what is glued to a secret is no use without it.
-    return re.compile(re.escape(prefix) + _begins_word(len(prefix)) + tail + r"\w*", re.ASCII)
-
-
-def _replace(rule, pattern, text, found):
+def _replace(rule, text, found, pattern=None):
+    pattern, parts, done = _compiled(pattern or rule.pattern), [], 0
     group = "secret" if "secret" in pattern.groupindex else 0
+    for match in (pattern.finditer(text) if len(text) <= STEP_CHARACTERS
+                  else _matches(pattern, text, 0, rule.reach)):
+        verdict = match.start() >= done and rule.accept(match)
+        if verdict:
+            kind, end = (rule.type, match.end(group)) if rule.type else verdict
+            found.add(kind)
+            parts += text[done:match.start(group)], _MARKER, kind, "]"
+            done = end
+    return "".join(parts) + text[done:] if parts else text
 
-    def marker(match):
-        verdict = rule.accept(match)
-        if not verdict:
-            return match[0]
-        kind, (start, end) = rule.type or verdict, match.span(group)
-        found.add(kind)
-        return "%s%s%s]%s" % (text[match.start():start], _MARKER, kind, text[end:match.end()])
 
-    return pattern.sub(marker, text)
-
-
-def _replace_tokens(text, found):
+def _replace_tokens(text, turns, found):
     for mark, pairs in _BY_PREFIX:
         if mark in text:
-            for prefix, rule in pairs:
+            for prefix, rule in turns(pairs):
                 if prefix in text:
-                    text = _replace(rule, _token_pattern(prefix, rule.pattern), text, found)
-    return text
-
-
-def _replace_long(text, is_session_key, found):
-    if is_session_key:
-        ours = Rule("session-key", "", _SESSION_KEY, lambda match: is_session_key(match[0].lower()))
-        text = _replace(ours, _compiled(_SESSION_KEY), text, found)
-    for rule in _LONG:
-        text = _replace(rule, _compiled(rule.pattern), text, found)
+                    # The literal stands first: so the engine finds it at the speed of `in`. The
+                    # rest of the word goes too, glued to a secret it is no use without it.
+                    text = _replace(rule, text, found, prefix.replace(".", "[.]")
+                                    + _begins_word(len(prefix)) + rule.pattern + r"\w*")
     return text
 
 
@@ -1001,24 +1066,61 @@ def redact(text, is_session_key=None):
     """
     if len(text) < _SHORTEST:
         return text, []
-    outline = text.encode("utf-8", "surrogatepass").translate(_OUTLINE)
+    raw = text.encode("utf-8", "surrogatepass")
+    outline = raw.translate(_OUTLINE).decode("latin-1")  # `in` is faster in text than in bytes
     has_run, has_dashes = _TOKEN_RUN in outline, _PRIVATE_KEY.needles in text
     if not (has_run or has_dashes or ":" in text or "=" in text):
         return text, []
-    found = set()
-    if has_dashes:
-        text = _replace(_PRIVATE_KEY, _compiled(_PRIVATE_KEY.pattern), text, found)
+    found, turns = set(), unhurried if len(text) > STEP_CHARACTERS else iter
+    if has_dashes:  # before tokens: the letters of a private key may look like one
+        text = _replace(_PRIVATE_KEY, text, found)
     if has_run and _LONG_RUN in outline:
-        text = _replace_long(text, is_session_key, found)
+        ours = Rule("session-key", "", _SESSION_KEY, lambda match: is_session_key
+                    and is_session_key(match[0].lower()))
+        for rule in (ours,) + _LONG:
+            text = _replace(rule, text, found)
     if has_run:
-        text = _replace_tokens(text, found)
-    lowered = text.lower()
-    for needles, rule in _BY_NEEDLE:
+        text = _replace_tokens(text, turns, found)
+    lowered = raw.lower().decode("latin-1")
+    for needles, rule in turns(_BY_NEEDLE):
         for needle in needles:
             if needle in lowered:
-                text = _replace(rule, _compiled(rule.pattern), text, found)
+                text = _replace(rule, text, found)
                 break
     return text, sorted(found)
+
+
+def _redact_string(text, name, is_session_key):
+    header = name[-13:].lower() == "authorization" and len(text) > 5  # at the least ://:x@
+    safe, types = redact("Authorization: " + text if header else text, is_session_key)
+    kind = _kind_of(name) if name and not types else None
+    if kind and _is_literal(kind, text):
+        is_aws = _is_aws_secret(text) and _compiled("(?i)aws|secret").search(name)
+        kind = "aws-secret-key" if is_aws else kind
+        return _MARKER + kind + "]", [kind]
+    return safe[len("Authorization: "):] if header else safe, types
+
+
+def _redact_value(value, name, is_session_key, known):
+    """`known`: (string, name of its field) -> what comes of it and why; for lists repeat them."""
+    if isinstance(value, str):
+        if (value, name) not in known:
+            known[value, name] = _redact_string(value, name, is_session_key)
+        return known[value, name][0]
+    if not isinstance(value, (list, dict)):
+        return value
+    pace, fields, number = unhurried if len(value) > 20 else iter, {}, 1
+    if isinstance(value, list):
+        return [_redact_value(item, name, is_session_key, known) for item in pace(value)]
+    for name, item in pace(value.items()):
+        marker = safe = _redact_value(name, "", is_session_key, known)
+        while marker != name and (safe in value or safe in fields):
+            # Where two keys come out the same both stay, numbered. The number never starts
+            # again, else many such keys would cost quadratic time.
+            number += 1
+            safe = "%s-%d" % (marker, number)
+        fields[safe] = _redact_value(item, name, is_session_key, known)
+    return fields
 
 
 def redact_json(value, is_session_key=None):
@@ -1026,51 +1128,10 @@ def redact_json(value, is_session_key=None):
 
     A string under a key that names a secret is one, as it would be in an assignment.
     """
-    found = set()
-    return _redact_value(value, "", is_session_key, found), sorted(found)
-
-
-def _redact_value(value, key, check, found):
-    if isinstance(value, str):
-        return _redact_string(value, key, check, found)
-    if isinstance(value, dict):
-        return _redact_object(value, check, found)
-    if not isinstance(value, list):
-        return value
-    items, changed = [], False
-    for item in value:
-        items.append(_redact_value(item, key, check, found))
-        changed = changed or items[-1] is not item
-    return items if changed else value
-
-
-def _redact_object(value, check, found):
-    fields, changed, number = {}, False, 1
-    for name, item in value.items():
-        marker, types = redact(name, check)
-        safe = marker
-        while types and (safe in value or safe in fields):
-            # Where two keys come out the same both stay, numbered. The number never starts
-            # again, else many such keys would cost quadratic time.
-            number += 1
-            safe = "%s-%d" % (marker, number)
-        found.update(types)
-        fields[safe] = _redact_value(item, name, check, found)
-        changed = changed or bool(types) or fields[safe] is not item
-    return fields if changed else value
-
-
-def _redact_string(text, key, check, found):
-    header = key[-13:].lower() == "authorization"
-    safe, types = redact("Authorization: " + text if header else text, check)
-    safe = safe[len("Authorization: "):] if header else safe
-    kind = None if types else _kind_of(key)
-    if kind and _is_literal(kind, text):
-        is_aws = _is_aws_secret(text) and _compiled("(?i)aws|secret").search(key)
-        types = ["aws-secret-key" if is_aws else kind]
-        safe = _MARKER + types[0] + "]"
-    found.update(types)
-    return safe if types else text
+    known = {}
+    safe = _redact_value(value, "", is_session_key, known)
+    found = {kind for _, types in known.values() for kind in types}
+    return safe if found else value, sorted(found)
 
 
 # ----------------------------------------------------------------------------------------
@@ -2083,10 +2144,12 @@ class Sessions:
             raise NexusError("idempotency_key_reused")
         return self._sent(row[0], row[1] & 0xFFFFFFFF, row[2], row[3])
 
-    def poll(self, session_id, agent_id, after, limit, wait, members, caller, others=False):
+    def poll(self, session_id, agent_id, after, limit, wait, members, caller, others=False,
+             peek=False):
         """Messages after a cursor (None: from the very beginning), waiting for one if told to.
 
-        With `others` those of the agent itself are passed over, and so is the cursor.
+        With `others` those of the agent itself are passed over, and so is the cursor. With `peek`
+        a program looks, not the agent: nobody was here, and no clock starts again.
         """
         floor, session = -1 if after is None else after, None
 
@@ -2094,7 +2157,8 @@ class Sessions:
             nonlocal floor, session
             now = self.clock.now()
             session = self._as_member(self._look_up(session_id, agent_id))
-            self._touch(session.num, agent_id, now)
+            if not peek:
+                self._touch(session.num, agent_id, now)
             if floor >= session.last_cursor:
                 return None
             rows, more = self._page(session, floor, limit, now, agent_id if others else "")
@@ -3620,10 +3684,11 @@ def poll_messages(call, session_id: SESSION_ID, agent_id: AGENT_ID,
                                help="cursor") = None,
                   members: Field("query", "boolean") = False,
                   limit: Field("query", "integer", low=1, high=MAX_POLL) = MAX_POLL,
-                  wait: WAIT = 0, others: Field("query", "boolean") = False):
+                  wait: WAIT = 0, others: Field("query", "boolean") = False,
+                  peek: Field("query", "boolean") = False):
     """Read messages after a cursor"""
     return call.app.store.sessions.poll(session_id, agent_id, after, limit, wait, members,
-                                        call.caller, others)
+                                        call.caller, others, peek)
 
 
 @operation("PUT", "/v1/pair", "Code", 201, tool="nexus_pair")
@@ -4008,6 +4073,7 @@ def field_schema(field, settings=None, brief=False):
 
 def tool_schema(entry, hidden=(), optional=()):
     """The JSON Schema of an operation as an MCP tool, without the arguments in `hidden`."""
+    hidden += ("idempotencyKey", "peek")        # for programs, not for models
     properties, required = {}, []
     for field in entry.fields:
         if field.items or field.tool in hidden or field.tool in properties:
@@ -5224,7 +5290,8 @@ class Answer:
         details, wait = body.get("details"), self.headers.get("retry-after", "")
         return NexusError(
             str(code), str(body.get("message") or body.get("reason") or code),
-            details if isinstance(details, list) else None, self.status,
+            [each for each in details if isinstance(each, dict)] if isinstance(details, list)
+            else None, self.status,
             [("Retry-After", wait)] if re.fullmatch(r"\d{1,6}", wait) else [],
             {name: value for name, value in body.items()
              if name not in ("error", "message", "details", "_tag")})
@@ -5413,11 +5480,14 @@ class Line:
 
 
 class Page(list):
-    """What one answer lists. `more`: are there others behind them? None: nobody said."""
+    """What one answer lists. `more`: are there others behind them? None: nobody said.
+
+    `results`: what became of the acks that went with a lease.
+    """
 
     def __init__(self, answer, name="messages"):
         super().__init__(answer[name])
-        self.more = answer.get("more")
+        self.more, self.results = answer.get("more"), answer.get("results", ())
 
 
 def command_line(*words, **flags):
@@ -5434,7 +5504,8 @@ def _on_wire(values):
 
 
 ENTRIES = {entry.function: entry for entry in OPERATIONS}
-REPEATABLE = (create_code, renew_session, message_extend, message_revive)   # twice is as once
+# Twice is as once; of many messages each has its Idempotency-Key.
+REPEATABLE = (create_code, renew_session, message_extend, message_revive, channel_send_many)
 
 
 class Messages:
@@ -5460,20 +5531,34 @@ class Messages:
     def send_many(self, messages, batch=None):
         """Leave many messages: dicts with the fields of send(). Yields each as it was stored.
 
-        Up to MAX_MANY go in one request, all of them or none. With `batch` (up to 100
-        characters) the same call again, after whatever went wrong, stores each message once.
+        Up to MAX_MANY go in one request, all of them or none; a None among them sends what came
+        before it. With `batch` (up to 100 characters) the same call again, after whatever went
+        wrong, stores each message once.
         """
         batch, part, size, number = batch or os.urandom(16).hex(), [], 0, 0
-        for number, message in enumerate(messages, 1):
-            row = _on_wire(message)
-            row.setdefault("idempotencyKey", "%s:%d" % (batch, number))
-            weight = len(to_json(row))
-            if part and (len(part) == MAX_MANY or size + weight > MANY_BYTES):
-                yield from self._do(channel_send_many, {"messages": part})["messages"]
+        for message in itertools.chain(messages, [None]):
+            row, weight = _on_wire(message or {}), 0
+            if message is not None:
+                number += 1
+                row.setdefault("idempotencyKey", "%s:%d" % (batch, number))
+                if self._client.sender:
+                    row.setdefault("sender", self._client.sender)
+                weight = len(to_json(row).encode("utf-8", "replace"))
+            if part and (not weight or len(part) == MAX_MANY or size + weight > MANY_BYTES):
+                yield from self._store(part)
                 part, size = [], 0
-            part, size = part + [row], size + weight
-        if part:
-            yield from self._do(channel_send_many, {"messages": part})["messages"]
+            part, size = part + [row] * bool(weight), size + weight
+
+    def _store(self, part):
+        # One request; to a server that takes no body as large as ours, several.
+        try:
+            found = self._do(channel_send_many, {"messages": part})["messages"]
+        except NexusError as refusal:
+            half = len(part) // 2
+            if refusal.code != "payload_too_large" or not half:
+                raise
+            found = itertools.chain(self._store(part[:half]), self._store(part[half:]))
+        yield from found
 
     def ack_many(self, ids):
         """Acknowledge messages; returns [{id, ok}, …], with error and message where not ok.
@@ -5523,11 +5608,11 @@ class Messages:
         return self._do(collect_garbage, vars())
 
     def lease(self, channel, consumer, limit=1, lease_seconds=DEFAULT_LEASE, wait=0, acks=None):
-        """The list of messages that are now yours to work on, each with its leaseToken.
+        """The list of messages that are now yours to work on, each with its leaseToken; a Page.
 
         `acks` ([{id, leaseToken}]) are acknowledged first, in the same commit.
         """
-        return self._do(channel_lease, vars())["messages"]
+        return Page(self._do(channel_lease, vars()))
 
     def release(self, id, lease_token, delay_seconds=0):
         """Give a leased message back; returns it."""
@@ -5584,9 +5669,11 @@ class Client:
         self.ca, self.pin = ca or environ("NEXUS_CA"), pin or environ("NEXUS_PIN")
         self.insecure = (environ("NEXUS_INSECURE") or "").lower() in ON if insecure is None \
             else insecure
-        self.patience, self._sleep = patience, sleep    # seconds to wait between tries, in all
+        self.patience, self.sleep = patience, sleep     # seconds to wait between tries, in all
         self.sender = sender
         self._line = Line(self.address, self.ca, self.pin)
+
+    _line = None            # when the URL is refused there is nothing to close
 
     @property
     def messages(self):
@@ -5601,7 +5688,8 @@ class Client:
 
     def close(self):
         """Close the idle connections. A client that is no longer used does it by itself."""
-        self._line.close()
+        if self._line:
+            self._line.close()
 
     __del__ = close
 
@@ -5635,7 +5723,7 @@ class Client:
             patience, pause = patience - rest, pause * 2
             if not again or attempt == CLIENT_ATTEMPTS or patience < 0:
                 raise error
-            self._sleep(rest)
+            self.sleep(rest)
 
     def insist(self, call):
         """call(), again and again while the server is away or busy; other refusals are raised."""
@@ -5647,7 +5735,7 @@ class Client:
                 if trouble.status != 429 and trouble.status < 500 or trouble.code in (
                         "wrong_certificate", "non_json_response"):
                     raise
-            self._sleep(pause * (0.5 + os.urandom(1)[0] / 255.0))
+            self.sleep(pause * (0.5 + os.urandom(1)[0] / 255.0))
             pause = min(pause * 2, LONGEST_PAUSE)
 
     def _protect(self, secret):
@@ -5737,10 +5825,10 @@ class Client:
         return self._do(send_message, vars())
 
     def poll(self, session_id, agent_id, after=None, members=False, limit=None, wait=None,
-             others=None):
+             others=None, peek=None):
         """Messages after a cursor; `wait` seconds for the first of them (0 to 60).
 
-        With `others` one's own are passed over.
+        With `others` one's own are passed over. With `peek` it does not count as activity.
         """
         return self._do(poll_messages, vars())
 
@@ -5780,8 +5868,7 @@ def without_headers(refusal, spell):
                       lambda found: spell(found.group(1)), text)
     refusal.message = plain(refusal.message)
     for fault in refusal.details or ():
-        if isinstance(fault, dict):             # it comes from a server, perhaps none of ours
-            fault["field"] = plain(str(fault.get("field")))
+        fault["field"] = plain(str(fault.get("field")))
     return refusal
 
 
@@ -5812,16 +5899,20 @@ def process_lives(pid):
 
 
 class State:
-    """The files under ~/.config/messaging. Session ids are checked before they become paths."""
+    """The files under ~/.config/messaging, or in the folder NEXUS_HOME, which --home sets.
+
+    Session ids are checked before they become paths.
+    """
 
     NAME = AGENT_ID_PATTERN             # nothing that leads out of a folder
 
     def __init__(self, home=None):
-        home = home or os.path.expanduser("~")
-        if home == "~":
+        chosen, home = not home and os.environ.get("NEXUS_HOME"), home or os.path.expanduser("~")
+        if home == "~" and not chosen:
             raise NexusError("no_home", "There is no home directory to keep sessions in. Set HOME.",
                              status=400)
-        self.root = os.path.join(home, ".config", "messaging")
+        self.root = os.path.abspath(os.path.expanduser(
+            chosen or os.path.join(home, ".config", "messaging")))
 
     def _path(self, *names):
         return os.path.join(self.root, *names)
@@ -5995,6 +6086,17 @@ class State:
         if key:
             self.put(session_id, "key", key)
 
+    def told(self, key):
+        """What `news --once KEY` has told: {place: number of its last message}."""
+        return self._load_json("told.json").get(key, {})
+
+    def tell(self, key, places):
+        """Add to what was told under a key; keys without news for TOLD_SECONDS are forgotten."""
+        now = time.time()
+        keys = {old: None for old, found in self._load_json("told.json").items()
+                if now - found["at"] > TOLD_SECONDS}
+        self._change("told.json", dict(keys, **{key: dict(self.told(key), at=now, **places)}))
+
     def key_is_private(self, session_id):
         """True, False, or None where there is no key file; Windows keeps no such modes."""
         try:
@@ -6067,7 +6169,7 @@ class RpcError(Exception):
         return {"jsonrpc": "2.0", "id": request_id, "error": self.error}
 
 
-def tool_definition(entry, hidden, optional=(), **other):
+def tool_definition(entry, hidden=(), optional=(), **other):
     """One entry of tools/list, with all four annotations."""
     reading = entry.method == "GET"
     return dict({"name": entry.tool, "description": entry.summary, "annotations": {
@@ -6099,7 +6201,7 @@ class ServerTools:
 
     def definitions(self):
         """All tools with their schemas."""
-        return [tool_definition(entry, ("idempotencyKey",)) for entry in TOOLS.values()]
+        return [tool_definition(entry) for entry in TOOLS.values()]
 
     def call(self, name, arguments):
         """Run a tool; raises NexusError, or KeyError for an unknown name."""
@@ -6116,8 +6218,8 @@ class ServerTools:
 class LocalTools:
     """The tools of `nexus.py mcp`: a session id or alias is enough, local state knows the rest."""
 
-    def __init__(self, state, client_of):
-        self._state = state
+    def __init__(self, state, client_of, prefix=""):
+        self._state, self._prefix = state, prefix       # only tools with this prefix are there
         self._client_of = client_of             # (session id or None) -> Client
         self._read = {}         # thread -> (session id, cursor) of a poll not yet delivered
         self._special = {"nexus_create": self._enter, "nexus_join": self._enter,
@@ -6127,17 +6229,18 @@ class LocalTools:
 
     def definitions(self):
         """All tools with their schemas; who is speaking is optional where state may know it."""
-        hidden = ("idempotencyKey", "sessionKey")
-        return [tool_definition(entry, hidden, () if name in ("nexus_join", "nexus_claim") else (
+        hidden = ("sessionKey",)
+        found = [tool_definition(entry, hidden, () if name in ("nexus_join", "nexus_claim") else (
             "agentId",)) for name, entry in TOOLS.items()] + [tool_definition(
                 TOOLS["nexus_status"], hidden, name="nexus_sessions",
                 description="Sessions known on this machine",
                 inputSchema={"type": "object", "properties": {}})]
+        return [tool for tool in found if tool["name"].startswith(self._prefix)]
 
     def call(self, name, arguments):
         """Run a tool; raises NexusError, or KeyError for an unknown name."""
         entry = TOOLS.get(name)
-        if entry is None and name not in self._special:
+        if not (entry or name in self._special) or not name.startswith(self._prefix):
             raise KeyError(name)
         values = tool_values(entry, arguments) if entry else {}
         session_id = None
@@ -6296,13 +6399,13 @@ class StdioMcp:
     def run(self):
         """Serve until the input ends; then finish what runs, five seconds at most."""
         while True:
-            line = self._stdin.readline(MCP_LINE + 1)
+            line = self._stdin.readline(LINE_BYTES + 1)
             if not line:
                 break
-            if len(line) > MCP_LINE:
+            if len(line) > LINE_BYTES:
                 while line and not line.endswith(b"\n"):
-                    line = self._stdin.readline(MCP_LINE)
-                self._write(RpcError(-32700, "a line may have %d bytes" % MCP_LINE).answer())
+                    line = self._stdin.readline(LINE_BYTES)
+                self._write(RpcError(-32700, "a line may have %d bytes" % LINE_BYTES).answer())
             elif line.strip():
                 self._take(line)
         deadline = time.monotonic() + 5
@@ -6362,7 +6465,7 @@ class StdioMcp:
 # ----------------------------------------------------------------------------------------
 
 class Usage(Exception):
-    """The command line made no sense; the message says why and the exit code is 2."""
+    """The command line made no sense: why; perhaps the verb that was meant. The exit code is 2."""
 
 
 _UNSEEN = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
@@ -6381,12 +6484,73 @@ def visible(text):
                   ("\\x%02x" if sign.group() < "\u0100" else "\\u%04x") % ord(sign.group()), text)
 
 
+def put(stream, *lines, end="\n"):
+    """Write lines that are fit to be shown, and see them off."""
+    try:
+        stream.write("".join(line + end for line in lines))
+        stream.flush()
+    except (OSError, ValueError):
+        if stream is not sys.stderr:    # nobody listens there: a tip is not worth failing for
+            raise
+
+
 def tip(text):
     """A line for the person at the terminal, if there is one who can read it."""
+    put(sys.stderr, visible(text))
+
+
+def hang_up():
+    """Nobody reads our stdout: what is still written goes nowhere, and raises nothing."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def painted(stream, style, text):
+    """Text in another style (1 bold, 2 dim) if it goes to a terminal that can show it."""
+    plain = os.environ.get("NO_COLOR") or not stream.isatty() or (
+        os.name == "nt" and "WT_SESSION" not in os.environ)     # older consoles print the codes
+    return text if plain else "\x1b[%dm%s\x1b[0m" % (style, text)
+
+
+def display_width(text):
+    """Columns on a terminal: two for a wide character, none for one that combines."""
+    return len(text) if text.isascii() else sum(1 - bool(unicodedata.combining(sign)) + (
+        unicodedata.east_asian_width(sign) in "WF") for sign in text)
+
+
+def table(stream, head, rows):
+    """The lines of a table: columns aligned, numbers to the right, - where there is nothing."""
+    cells = [[visible("-" if cell in (None, "") else cell) for cell in row]
+             for row in [head, *rows]]
+    wide = [max(map(display_width, column)) for column in zip(*cells)]
+    lines = ["  ".join(" " * (full - display_width(cell)) + cell if cell.isdigit() else
+                       cell + " " * (full - display_width(cell))
+                       for cell, full in zip(row, wide)).rstrip() for row in cells]
+    return [painted(stream, 1, lines[0]), *lines[1:]]
+
+
+def seconds_of(text):
+    """A time on the wire as seconds since 1970."""
+    return calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
+
+
+def local_time(text, form="%Y-%m-%d %H:%M:%S"):
+    """A time on the wire as the clock on this wall shows it."""
     try:
-        sys.stderr.write(visible(text) + "\n")
-    except (OSError, ValueError):
-        pass                            # nobody listens on stderr: a tip is not worth failing for
+        seconds = seconds_of(text)
+    except ValueError:
+        return text[:19].replace("T", " ")      # another server writes times in another way
+    return time.strftime(form, time.localtime(seconds))
+
+
+def local(stream, when):
+    """A time of the wire, or None, for people: local time on a terminal, else UTC."""
+    plain = when and str(when)[:19].replace("T", " ")
+    return local_time(str(when)) if when and stream.isatty() else plain
+
+
+def zone(stream):
+    """What is said once behind local times."""
+    return ", times in " + time.strftime("%Z") if stream.isatty() else ""
 
 
 def say(value):
@@ -6398,31 +6562,31 @@ def say(value):
     sys.stdout.flush()
 
 
-def in_flags(refusal):
-    """The refusal in the words of the command line."""
-    return without_headers(refusal, lambda header: "--" + header.lower())
-
-
-def local_time(text, form="%Y-%m-%d %H:%M:%S"):
-    """A time on the wire as the clock on this wall shows it."""
-    try:
-        seconds = calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
-    except ValueError:
-        return text                     # another server writes times in another way
-    return time.strftime(form, time.localtime(seconds))
+def in_flags(refusal, words=()):
+    """The refusal in the words of the command line: the flags and ARGUMENTS of a verb."""
+    refusal = without_headers(refusal, lambda header: "--" + header.lower())
+    for fault in refusal.details or ():
+        field = fault["field"]
+        long = re.sub("([A-Z])", r"-\1", field).lower()         # ttlSeconds: ttl-seconds, and
+        fits = [word for word in words if long.startswith(word.lower().lstrip("-"))]    # --ttl fits
+        fault["field"] = word = max(fits, key=len, default=field)
+        refusal.message = re.sub(r"(?<![\w-])%s\b" % re.escape(field), word, refusal.message)
+    return refusal
 
 
 def seconds_from(name, default):
     """A timeout from the environment, in seconds."""
     try:
-        return float(os.environ.get(name) or default)
-    except ValueError:
-        raise Usage("%s must be a number of seconds" % name) from None
+        return duration(os.environ.get(name) or str(default), whole=False)
+    except ValueError as trouble:
+        raise Usage("%s: %s" % (name, trouble)) from None
 
 
-def client_for(args, url, variable="NEXUS_HTTP_TIMEOUT", default=CLIENT_SECONDS, **options):
+def client_for(args, url, timeout=None, **options):
     """A Client with what the flags and the environment say."""
-    return Client(url, timeout=seconds_from(variable, default), ca=args.ca, pin=args.pin,
+    if timeout is None:
+        timeout = seconds_from("NEXUS_HTTP_TIMEOUT", CLIENT_SECONDS)
+    return Client(url, timeout=timeout, ca=args.ca, pin=args.pin,
                   insecure=args.insecure or None, **options)
 
 
@@ -6436,7 +6600,7 @@ def connect(args, session_id=None, sender="cli"):
 
 def prober(args, url):
     """A client that asks once, and not for long."""
-    return client_for(args, url, "NEXUS_STATUS_TIMEOUT", PROBE_SECONDS, patience=-1)
+    return client_for(args, url, seconds_from("NEXUS_STATUS_TIMEOUT", PROBE_SECONDS), patience=-1)
 
 
 def session_of(args):
@@ -6472,6 +6636,94 @@ def adopt(client, session_id):
     state = State()
     if state.knows(session_id) and not state.get(session_id, "server"):
         state.put(session_id, "server", client.address.url)
+
+
+# A command for each message.
+
+class Commands:
+    """Runs a shell command for messages, in several threads if need be. Raises command_not_run.
+
+    The first Ctrl-C or SIGTERM lets what runs finish, the second ends it with all it has started,
+    the third kills that. While nobody is `busy`, a signal raises KeyboardInterrupt.
+    """
+
+    def __init__(self, command):
+        self.command, self.busy, self.signals = command, False, 0
+        self.stopping, self._running = threading.Event(), set()
+        if not self._can_run():         # said before a message is touched for it
+            raise self._not_run("the shell does not understand it")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def _can_run(self):
+        """Does the shell understand it and know its first word? cmd.exe cannot be asked."""
+        word = (re.match(r"[^\s!-*;<=>?[\\\]`{-~]+(?=\s|$)", self.command) or [":"])[0]
+        return self.command.strip() and (os.name != "posix" or (
+            "/" not in word or shutil.which(word)) and not subprocess.call(
+                ["sh", "-c", 'sh -n -c "$1" && command -v "$0"', word, self.command],
+                stdout=subprocess.DEVNULL))
+
+    def _not_run(self, why):
+        return NexusError("command_not_run", "Cannot run this command: %s (%s)."
+                          % (self.command, why), status=400)
+
+    def run(self, text, environ, every=None, act=None):
+        """Run it with `text` on its stdin and more variables; returns its exit code.
+
+        After `every` seconds act() is called; it says after how many it is to be called again.
+        """
+        group = {"start_new_session": True} if os.name == "posix" else {    # Ctrl-C is for us
+            "creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        with tempfile.TemporaryFile() as file:      # a pipe would have to be fed meanwhile
+            file.write(text.encode("utf-8", "replace"))
+            file.seek(0)
+            try:
+                process = subprocess.Popen(self.command, shell=True, stdin=file,
+                                           env=dict(os.environ, **environ), **group)
+            except OSError as trouble:
+                raise self._not_run(trouble.strerror) from None
+        self._running.add(process)
+        while process.returncode is None:
+            try:
+                process.wait(every)
+            except subprocess.TimeoutExpired:
+                every = act()
+        self._running.discard(process)
+        code = process.returncode if process.returncode >= 0 else 128 - process.returncode
+        if code in (126, 127) and os.name == "posix":   # what the shell says of others' commands
+            raise self._not_run("exit code %d" % code)
+        return code
+
+    def _stop(self, *_):
+        self.signals += 1
+        self.stopping.set()
+        if self._running and self.signals == 1:
+            tip("What runs may finish; Ctrl-C again ends it.")
+        for process in list(self._running) if self.signals > 1 else ():
+            try:
+                if os.name != "posix":
+                    process.send_signal(signal.CTRL_BREAK_EVENT)
+                elif process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM if self.signals == 2 else signal.SIGKILL)
+            except OSError:
+                pass                    # it has ended by itself
+        if not self.busy or self.signals > 2 and not self._running:
+            raise KeyboardInterrupt
+
+    def consume(self, message, number, done):
+        """Run it for a message, JSON on its stdin; done() when it exits 0. Raises command_failed.
+
+        A signal meanwhile raises KeyboardInterrupt, after that.
+        """
+        self.busy = True
+        code = self.run(to_json(message), {})
+        if code:
+            raise NexusError("command_failed", "Message %s: exit code %d. It counts as unread; the"
+                             " same command line begins with it." % (number, code), status=400)
+        done()
+        self.busy = False
+        if self.stopping.is_set():
+            raise KeyboardInterrupt
 
 
 # Door 1.
@@ -6628,19 +6880,27 @@ def until_stopped(work):
         return 0
 
 
+def consumer(args, show):
+    """What a loop of --follow does with (a message, its number, what is to be done after it)."""
+    if getattr(args, "exec", None):
+        return Commands(args.exec).consume
+
+    def consume(message, number, done):
+        show(message)
+        done()
+    return consume
+
+
 def follow_session(args, client, session_id):
     """Show what comes, a line for each message; the saved cursor moves after each line."""
     state, agent_id = State(), agent_of(args, session_id)
-    people = sys.stdout.isatty()
+    consume = consumer(args, lambda message: put(sys.stdout, message_line(message))
+                       if sys.stdout.isatty() else say(message))
     for answer in client.follow(session_id, agent_id, state.cursor(session_id, args.after)):
         adopt(client, session_id)
         for message in answer["messages"]:
-            if people:
-                print(message_line(message), flush=True)
-            else:
-                say(message)
-            if args.after is None and state.knows(session_id):
-                state.put(session_id, "cursor", message["cursor"])
+            consume(message, message["cursor"], lambda: args.after is None and state.knows(
+                session_id) and state.put(session_id, "cursor", message["cursor"]))
 
 
 def message_line(message):
@@ -6717,6 +6977,8 @@ def verb_poll(args):
     session_id = session_of(args)
     if args.follow:
         return until_stopped(lambda: follow_session(args, connect(args, session_id), session_id))
+    if args.exec:
+        raise Usage("--exec goes with --follow")
     answer = poll_once(args, connect(args, session_id), session_id,
                        State().cursor(session_id, args.after), args.wait)
     if answer["messages"]:
@@ -6734,7 +6996,7 @@ def verb_renew(args):
     answer = client.renew(session_id, agent_id, args.ttl)
     say(answer)
     adopt(client, session_id)
-    tip("Lives until %s." % answer["expiresAt"])
+    tip("Lives until %s%s." % (local(sys.stderr, answer["expiresAt"]), zone(sys.stderr)))
 
 
 def verb_alias(args):
@@ -6756,10 +7018,31 @@ def verb_unalias(args):
     say({"ok": True, "removed": args.name})
 
 
-def side_by_side(function, items):
-    """[function(item) for item in items], each in a thread of its own."""
-    with futures.ThreadPoolExecutor(len(items) or 1) as pool:
-        return list(pool.map(function, items))
+def side_by_side(function, items, seconds=None, race=False):
+    """[function(item) for item in items], each in a thread of its own.
+
+    None for those that are not back after `seconds`; a race is over when one has found something.
+    """
+    found, back, begun = [None] * len(items), queue.Queue(), time.monotonic()
+
+    def run(place, item):
+        try:
+            back.put((place, function(item), None))
+        except Exception as trouble:    # it is raised where somebody waits
+            back.put((place, None, trouble))
+    for pair in enumerate(items):
+        threading.Thread(target=run, args=pair, daemon=True).start()
+    for _ in items:
+        try:
+            place, found[place], trouble = back.get(
+                timeout=seconds and max(0, begun + seconds - time.monotonic()))
+        except queue.Empty:
+            break                       # some hang where no timeout reaches: at a name, say
+        if trouble:
+            raise trouble
+        if race and found[place]:
+            break
+    return found
 
 
 def probe(args, session_id):
@@ -6785,10 +7068,8 @@ def verb_ls(args):
     """List the sessions known on this machine"""
     rows = list_sessions(args)
     if sys.stdout.isatty() and not args.json:
-        for row in [{"alias": "ALIAS", "sessionId": "SESSION", "agentId": "AGENT",
-                     "status": "STATUS"}] + rows:
-            tip("%-14s %-14s %-20s %s" % (row["alias"] or "-", row["sessionId"][:12],
-                                          row["agentId"], row["status"]))
+        put(sys.stderr, *table(sys.stderr, ("ALIAS", "SESSION", "AGENT", "STATUS"), [
+            (row["alias"], row["sessionId"][:12], row["agentId"], row["status"]) for row in rows]))
     say({"sessions": rows})
 
 
@@ -6876,6 +7157,95 @@ def verb_poll_status(args):
     say({"polling": state.pollers(), "lastPoll": {
         session_id: iso(state.last_poll(session_id)) for session_id in state.sessions()
         if state.last_poll(session_id)}})
+
+
+def age(text):
+    """How long ago a time on the wire was, for people: 40 s, 3 min, 2 h, 5 d."""
+    seconds = max(0, time.time() - seconds_of(text))
+    size, unit = next((row for row in ((86400, "d"), (3600, "h"), (60, "min"))
+                       if seconds >= row[0]), (1, "s"))
+    return "%d %s" % (seconds // size, unit)
+
+
+def look(args, told, kind, name, wait=0):
+    """(what others left in a session or channel, not yet read nor told, or None; what went wrong).
+
+    A look is all it is: no cursor moves, and to the server nobody was here. A greeting, whose
+    cursor is 0, is no news.
+    """
+    state, is_session = State(), kind == "session"
+    try:
+        place = state.resolve(name) if is_session else name
+        cursor = state.get(place, "cursor") if is_session else ""
+        url = state.server(args.url, place if is_session else None)[0]
+        client, key = client_for(args, url, NEWS_SECONDS, patience=-1), " ".join((url, kind, place))
+        floor = max(told.get(key, 0), int(cursor) if cursor.isdigit() else 0)
+        if is_session:
+            page = Page(client.poll(place, agent_of(args, place), floor, None, NEWS_MESSAGES, wait,
+                                    True, True))
+            found = [(int(row["cursor"]), row["agentId"], row["createdAt"]) for row in page]
+        else:
+            page = client.messages.inbox(place, floor, NEWS_MESSAGES, wait=wait)
+            found = [(row["id"], row["sender"], row["createdAt"]) for row in page]
+    except NexusError as refusal:
+        return None, refusal
+    return {kind: name, "new": len(found), "more": bool(page.more), "oldestAt": found[0][2],
+            "senders": list(dict.fromkeys(row[1] for row in found)), "next": command_line(
+                *["nexus.py", "poll"] if is_session else ["nexus.py", "tx", "inbox"], name,
+                url=args.url, agent_id=args.agent_id if is_session else None),
+            "told": (key, found[-1][0])} if found else None, None
+
+
+def look_around(args, told):
+    """([row of `news`], [what went wrong]); with --wait not before there is a row.
+
+    Servers that are away then are left out, those that go away meanwhile are waited for.
+    """
+    state, ends = State(), time.monotonic() + (args.wait or 0)
+    places = [("session", name) for name in args.session or [
+        state.alias_of(each) or each for each in state.sessions() if state.get(each, "agent")]]
+    places += [("channel", name) for name in args.channel or ()]
+    lost = None
+    while True:
+        found = [each or (None, NexusError("unreachable", "No answer in time.", status=503))
+                 for each in side_by_side(lambda place: look(args, told, *place), places,
+                                          NEWS_SECONDS)]
+        rows, left = [row for row, _ in found if row], ends - time.monotonic()
+        if lost is None:
+            lost = [refusal for _, refusal in found if refusal]
+            places = [place for place, (_, refusal) in zip(places, found) if not refusal]
+        elif any(refusal for _, refusal in found):
+            time.sleep(1)
+        if rows or left <= 0 or not places:
+            return rows, lost
+        side_by_side(lambda place: look(args, told, *place, wait=min(MAX_WAIT, int(left) + 1))[0],
+                     places, left, race=True)
+
+
+def news_line(row):
+    """A row of `news` for whoever is to read the messages."""
+    names = [name[:40] for name in row["senders"]]
+    return visible("%s: %d%s %s from %s, oldest %s ago; %s" % (
+        row.get("session") or row["channel"], row["new"], "+" if row["more"] else "",
+        "new" if "session" in row else "pending",
+        ", ".join(names[:3]) + " and others" * (len(names) > 3), age(row["oldestAt"]), row["next"]))
+
+
+def verb_news(args):
+    """Tell what is new, a line for each session and --channel, never the texts; made for hooks"""
+    rows, lost = look_around(args, State().told(args.once) if args.once else {})
+    last = dict(row.pop("told") for row in rows)
+    if args.json:
+        say({"places": rows})
+    else:
+        print("".join(news_line(row) + "\n" for row in rows), end="", flush=True)
+    if args.once and rows:              # only now: a reader who hung up has not been told
+        State().tell(args.once, last)
+    lost = [refusal for refusal in lost if args.strict and (
+        args.session or refusal.status != 404)]         # sessions end: that is no trouble
+    for refusal in lost:
+        tip("Error: " + in_flags(refusal).message)
+    return 1 if lost else 0
 
 
 def verb_config(args):
@@ -6975,32 +7345,164 @@ def show(args, value, *lines):
     if args.json:
         say(value)
     else:
-        sys.stdout.write("".join(visible(line % value if isinstance(value, dict) else line) + "\n"
-                                 for line in lines))
-        sys.stdout.flush()
+        put(sys.stdout, *(visible(line % value if isinstance(value, dict) else line)
+                          for line in lines))
 
 
 def row_text(row):
     """A channel's message as `tx inbox` shows it."""
-    return "[%s] %s %s: %s" % (row["id"], str(row["createdAt"])[:19].replace("T", " "),
-                               row["sender"], row["content"])
+    return painted(sys.stdout, 2, visible("[%s] %s" % (row["id"], local(
+        sys.stdout, row["createdAt"])))) + visible(" %s: %s" % (row["sender"], row["content"]))
+
+
+def last_line(args, page, things, last, *words):
+    """How many a list has, in which zone its times are, and the command that lists what follows."""
+    line = "%d %s%s" % (len(page), things, zone(sys.stdout))
+    if page.more:
+        flags = ("limit", "sender", "correlation", "include_acked", "prefix", "url")
+        line += "; more: " + command_line("tx", *words, after=last, **{
+            name: getattr(args, name, None) for name in flags})
+    return painted(sys.stdout, 2, visible(line))
 
 
 def show_list(args, page, verb):
     """Messages as `tx inbox` shows them."""
-    lines = [row_text(row) for row in page]
-    if not lines:
+    if args.json or not page:
         return show(args, page, "No messages in channel \"%s\"" % args.channel)
-    count = "%d message(s)" % len(page)
-    if page.more:
-        flags = ("limit", "sender", "correlation", "include_acked", "url")
-        count += "; more: " + command_line("tx", verb, args.channel, after=page[-1]["id"], **{
-            name: getattr(args, name, None) for name in flags})
-    return show(args, page, *lines + ["", count])
+    return put(sys.stdout, *map(row_text, page), "", last_line(
+        args, page, "message(s)", page[-1]["id"], verb, args.channel))
+
+
+def lines_of(stream):
+    """Yield the lines of a binary stream as they come, and None MANY_SECONDS after the first.
+
+    So a file fills whole requests, and who types waits for nobody. A thread reads ahead.
+    """
+    # Not through the buffer: its lock must be free when the program ends before its input does.
+    raw, chunks, chunk, rest = getattr(stream, "raw", stream), queue.Queue(16), None, b""
+
+    def read():
+        try:
+            for chunk in iter(lambda: raw.read(STDIN_BYTES), b""):
+                chunks.put(chunk) if chunk else time.sleep(MANY_SECONDS)     # None: not yet
+            chunks.put(b"")
+        except (OSError, ValueError) as trouble:
+            chunks.put(trouble)
+    threading.Thread(target=read, daemon=True).start()
+    ends = None
+    while chunk != b"":
+        try:            # a second: on Windows, Ctrl-C takes effect when a wait is over
+            chunk = chunks.get(timeout=max(0, ends - time.monotonic()) if ends else 1)
+        except queue.Empty:
+            yield None
+            ends = None
+            continue
+        if isinstance(chunk, Exception):
+            raise chunk
+        *lines, rest = (rest + chunk).split(b"\n")
+        if rest and (not chunk or len(rest) > LINE_BYTES):      # the last one; one far too long
+            lines.append(rest)
+        ends = ends or lines and time.monotonic() + MANY_SECONDS
+        yield from lines
+
+
+def invalid_line(number, why):
+    """The refusal of one line of stdin."""
+    return NexusError("invalid_line", "Line %d: %s." % (number, why), status=400,
+                      extra={"line": number})
+
+
+def rows_of(args):
+    """The lines of stdin as send_many() takes them. Raises invalid_line."""
+    number, common = 0, {
+        "channel": args.channel, "sender": args.sender, "task_id": args.task,
+        "ttl_seconds": args.ttl, "correlation_id": args.correlation,
+        "metadata": json_flag(args.metadata)}
+    for line in lines_of(sys.stdin.buffer):
+        if line is None:
+            yield None
+            continue
+        number += 1
+        try:
+            if len(line) > LINE_BYTES:
+                raise ValueError("more than %d bytes" % LINE_BYTES)
+            text = line[:-1 if line.endswith(b"\r") else None].decode("utf-8")
+            found = parse_json(text) if args.jsonl else {"content": text}
+            if not isinstance(found, dict):
+                raise ValueError("not a JSON object")
+        except ValueError as trouble:
+            raise invalid_line(number, "not UTF-8" if isinstance(trouble, UnicodeError) else
+                               trouble) from None
+        yield dict(common, **{name: value for name, value in found.items() if value is not None})
+
+
+def stopped(refusal, stored, args, batch):
+    """What stopped --lines, in terms of lines, and how to go on."""
+    fault = (refusal.details or [{}])[0]
+    place = re.match(r"messages\[(\d+)\]\.?(.*)", str(fault.get("field")))
+    if place:
+        refusal = invalid_line(stored + 1 + int(place.group(1)),
+                               "%s %s" % (place.group(2), fault.get("message")))
+    elif refusal.code == "payload_too_large":
+        refusal = invalid_line(stored + 1, "too long for this server (--max-body)")
+    resume = command_line("nexus.py", "tx", "send", *[args.channel] * bool(args.channel), **dict(
+        {name: value for name, value in vars(args).items() if name not in ("channel", "content")},
+        batch=batch))
+    refusal.message = "%s; %d line(s) are stored; to go on without doubling: %s < the same input" \
+        % (refusal.message.rstrip(".").replace("Idempotency-Key", "--batch key"), stored, resume)
+    refusal.extra = dict(refusal.extra or {}, stored=stored, resume=resume)
+    return refusal
+
+
+def show_progress(stored, seconds):
+    """How many lines are stored, how fast and, of a file, which share is read."""
+    text = "%d message(s), %d/s" % (stored, stored / seconds)
+    if os.path.isfile(0):
+        text += ", %d %%" % (100 * os.lseek(0, 0, os.SEEK_CUR) / (os.path.getsize(0) or 1))
+    put(sys.stderr, text.ljust(50), end="\r")
+
+
+def send_lines(messages, args):
+    """Send each line of stdin; all or nothing of a request, and what stops it says how to go on."""
+    stored, batch = 0, args.batch or os.urandom(8).hex()
+    channels = {args.channel} if args.lines else set()
+    watched = sys.stderr.isatty() and not sys.stdin.isatty()
+    began = shown = time.monotonic()
+    try:
+        stop_on_signals()
+        for row in messages.send_many(rows_of(args), batch):
+            stored += 1
+            channels.add(row["channel"])
+            if args.json:
+                try:
+                    say(row)
+                except BrokenPipeError:         # nobody reads on; all is sent all the same
+                    hang_up()
+            if watched and time.monotonic() - shown > PROGRESS_SECONDS:
+                shown = time.monotonic()
+                show_progress(stored, shown - began)
+    except NexusError as refusal:
+        raise stopped(refusal, stored, args, batch) from None
+    except (OSError, KeyboardInterrupt):
+        tip(stopped(NexusError("stopped", "Stopped."), stored, args, batch).message)
+        raise
+    finally:
+        if shown > began:
+            put(sys.stderr, " " * 50, end="\r")
+    if not args.json:
+        show(args, None, "%d message(s) sent to %s" % (stored, 'channel "%s"' % channels.pop()
+                         if len(channels) == 1 else "%d channels" % len(channels)))
 
 
 def tx_send(messages, args):
-    """Leave a message in a channel"""
+    """Leave a message in a channel; --lines, --jsonl: one for each line of stdin"""
+    ways = bool(args.content) + bool(args.lines) + bool(args.jsonl)
+    if ways != 1 or not (args.channel or args.jsonl) or (
+            args.batch if args.content else args.idempotency_key):
+        raise Usage("say CHANNEL CONTENT, or CHANNEL --lines, or --jsonl; --idempotency-key is for"
+                    " the first, --batch for the others")
+    if not args.content:
+        return send_lines(messages, args)
     row = messages.send(args.channel, words_of(args, "content"), args.sender, args.task, args.ttl,
                         args.correlation, json_flag(args.metadata), args.idempotency_key)
     show(args, row, 'Message %(id)s sent to channel "%(channel)s"', "  Sender: %(sender)s",
@@ -7010,26 +7512,46 @@ def tx_send(messages, args):
 
 def follow_channel(messages, args):
     """Show what is pending, then what comes; with --ack each is acknowledged once it is out."""
+    consume = consumer(args, lambda row: say(row) if args.json else
+                       put(sys.stdout, row_text(row)))
     for row in messages.follow(args.channel, args.after or 0, sender=args.sender,
                                correlation_id=args.correlation, include_acked=args.include_acked):
-        show(args, row, row_text(row))
-        if args.ack:
-            messages.finish(row["id"])
+        consume(row, row["id"], lambda: args.ack and messages.finish(row["id"]))
 
 
 def tx_inbox(messages, args):
     """Read a channel; changes nothing; --follow: go on with what comes"""
     if args.follow:
         return until_stopped(lambda: follow_channel(messages, args))
-    if args.ack:
-        raise Usage("--ack acknowledges what --follow has shown; for one message: tx ack ID")
+    if args.ack or args.exec:
+        raise Usage("--ack and --exec go with --follow; for one message: tx ack ID")
     show_list(args, messages.inbox(args.channel, args.after, args.limit, args.sender,
                                    args.correlation, args.include_acked, args.wait or 0), "inbox")
 
 
 def tx_ack(messages, args):
-    """Acknowledge a message"""
-    show(args, messages.ack(args.id, args.lease_token), "Message %(id)s acknowledged")
+    """Acknowledge messages"""
+    if len(args.id) == 1:
+        return show(args, messages.ack(args.id[0], args.lease_token), "Message %(id)s acknowledged")
+    if args.lease_token:
+        raise Usage("--lease-token is good for one message")
+    results = messages.ack_many(args.id)
+    show(args, results, *("Message %s acknowledged" % each["id"] for each in results if each["ok"]))
+    for each in results:
+        if not each["ok"]:
+            tip("Error: %s" % each["message"])
+    return 0 if all(each["ok"] for each in results) else 1
+
+
+def tx_channels(messages, args):
+    """List channels by name, with what waits in each"""
+    page, out = messages.channels(args.prefix, args.after, args.limit), sys.stdout
+    if args.json or not page:
+        return show(args, page, "No channels")
+    rows = [(row["channel"], row["pending"], row["leased"], row["dead"], local(
+        out, row["oldestPendingAt"]), local(out, row["lastMessageAt"])) for row in page]
+    put(out, *table(out, ("CHANNEL", "PENDING", "LEASED", "DEAD", "OLDEST PENDING", "LAST"), rows),
+        "", last_line(args, page, "channel(s)", page[-1]["channel"], "channels"))
 
 
 def tx_ack_all(messages, args):
@@ -7102,6 +7624,113 @@ def tx_reply(messages, args):
          'Reply %(id)s sent to channel "%(channel)s"')
 
 
+def environment_of(row, url):
+    """A leased message as variables of its command; NEXUS_OMITTED names those that cannot be."""
+    values = dict(row, messageId=row["id"], metadata=to_json(row["metadata"]), url=url)
+    found, omitted = {}, []
+    for name in ("messageId", "channel", "sender", "correlationId", "taskId", "attempts",
+                 "metadata", "leaseToken", "url"):
+        variable = "NEXUS_" + re.sub("([A-Z])", r"_\1", name).upper()
+        raw = str("" if values[name] is None else values[name]).encode("utf-8", "replace")
+        if len(raw) > ENVIRON_BYTES or b"\0" in raw:
+            omitted.append(variable)
+            raw = b""
+        found[variable] = os.fsdecode(raw)
+    return dict(found, NEXUS_OMITTED=" ".join(omitted))
+
+
+class Worker(Commands):
+    """What the threads of `tx work` share. One request finishes a message and takes the next."""
+
+    def __init__(self, client, args):
+        super().__init__(args.exec)
+        self.client, self.messages, self.args, self.trouble = client, client.messages, args, None
+        self.seconds = DEFAULT_LEASE if args.lease is None else args.lease
+        self.busy, client.sleep = True, self._pause
+
+    def _pause(self, seconds):
+        if self.stopping.wait(seconds):     # the server is away, and there is no next try
+            raise NexusError("unreachable", "The server is away.", status=503)
+
+    def work(self):
+        """One of the threads: take a message, run the command, until it is time to stop."""
+        done = []
+        try:
+            while True:
+                page = self._take(done)
+                for result in page.results:
+                    if not result["ok"]:
+                        tip("Message %s: %s" % (result["id"], result["message"]))
+                done = [{"id": row["id"], "leaseToken": row["leaseToken"]} for row in page
+                        if self._work_on(row)]
+                if not page and (self.args.drain or self.stopping.is_set()):
+                    return
+        except Exception as trouble:        # tx_work() raises it when the others have stopped
+            self.trouble = trouble
+            self.stopping.set()
+
+    def _take(self, done):
+        try:
+            if not self.stopping.is_set():
+                return self.client.insist(lambda: self.messages.lease(
+                    self.args.channel, self.args.consumer, 1, self.seconds,
+                    0 if self.args.drain else WORKER_WAIT, done or None))
+        except NexusError:
+            if not self.stopping.is_set():
+                raise
+        return Page({"messages": [], "results": self.messages.ack_many(done)})
+
+    def _work_on(self, row):
+        """Run the command for a message; is it to be acknowledged? If not, it is given back."""
+        code, delay = None, 0
+        try:
+            if not self.stopping.is_set():
+                code = self.run(row["content"], environment_of(row, self.client.address.url),
+                                self.seconds / 2, functools.partial(self._extend, row))
+            if code and row["leaseToken"]:
+                if self.signals < 2:        # it failed by itself
+                    delay = min(LONGEST_DELAY, 2 ** min(row["attempts"] - 1, 9))
+                tip("Message %d: exit code %d at attempt %d; given back with a delay of %d s."
+                    % (row["id"], code, row["attempts"], delay))
+        finally:
+            if code != 0 and row["leaseToken"]:
+                self._release(row, delay)
+        return code == 0 and row["leaseToken"] is not None
+
+    def _extend(self, row):
+        """Keep a message; returns after how many seconds again. A lost one has no token then."""
+        try:
+            self.messages.extend(row["id"], row["leaseToken"], self.seconds)
+            return self.seconds / 2
+        except NexusError as refusal:
+            if refusal.status == 429 or refusal.status >= 500:
+                return self.seconds / 8     # the server is away: soon again
+            tip("Message %d: %s" % (row["id"], refusal.message))
+            row["leaseToken"] = None
+
+    def _release(self, row, delay):
+        try:
+            self.client.insist(lambda: self.messages.release(row["id"], row["leaseToken"], delay))
+        except NexusError as refusal:
+            tip("Message %d was not given back: %s" % (row["id"], refusal.message))
+
+
+def tx_work(messages, args):
+    """Run a command for each message: exit 0 acknowledges it, else it comes again later"""
+    if args.parallel is not None and args.parallel < 1:
+        raise Usage("--parallel takes a number from 1 on")
+    worker = Worker(messages._client, args)
+    threads = [threading.Thread(target=worker.work, daemon=True)
+               for _ in range(args.parallel or 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(1.0)            # Windows hears of Ctrl-C only in between
+    if worker.trouble:
+        raise worker.trouble
+
+
 # Servers, demos and help.
 
 def start_again_as_module():
@@ -7139,10 +7768,12 @@ def verb_serve(args):
 
 def verb_mcp(args):
     """Speak MCP on stdin and stdout, for language models' clients"""
+    if args.tools not in (None, "all", "nexus", "tx"):
+        raise Usage("--tools is nexus, tx or all")
     # Whatever prints by mistake must not break the protocol: stdout is ours alone.
     stdout, sys.stdout = sys.stdout.buffer, sys.stderr
-    StdioMcp(LocalTools(State(), lambda session_id: connect(args, session_id, "mcp")),
-             sys.stdin.buffer, stdout).run()
+    StdioMcp(LocalTools(State(), lambda session_id: connect(args, session_id, "mcp"),
+                        (args.tools or "").replace("all", "")), sys.stdin.buffer, stdout).run()
 
 
 SKILL = """
@@ -7179,6 +7810,73 @@ def verb_skill(args):
         raise answer.refusal()
     for line in answer.body.decode("utf-8", "replace").splitlines():
         print(visible(line))
+
+
+LAUNCHER_MARK = "written by nexus.py install"
+
+
+def launcher_of(args):
+    """The path of the launcher, there or not. Raises file_exists if that is not ours."""
+    folder = os.path.abspath(os.path.expanduser(args.bin or os.path.join("~", ".local", "bin")))
+    path, found = os.path.join(folder, "nexus.cmd" if os.name == "nt" else "nexus"), b""
+    if os.path.isfile(path) and not os.path.islink(path):
+        with open(path, "rb") as file:
+            found = file.read(1000)
+    if os.path.lexists(path) and LAUNCHER_MARK.encode() not in found:
+        raise NexusError("file_exists", "%s is not ours and stays as it is. Choose another folder"
+                         " with --bin." % path, status=409)
+    return path
+
+
+def launcher_text(folder, module, cache):
+    """A launcher that imports this file from `folder`; compiled it is kept in `cache`, or there.
+
+    -S, no look at site-packages, halves the time; -I, nothing from the environment or the current
+    folder, costs none, nor does the shell.
+    """
+    # As Python text in single quotes, whatever is in it: double ones are cmd's.
+    folder, cache = (path and ascii(path + '"')[:-2] + "'" for path in (folder, cache))
+    code = "import sys; sys.pycache_prefix = {0}; sys.path.append({1}); import {2};" \
+        " sys.exit({2}.main())".format(cache, folder, module)
+    if os.name == "nt":
+        return '@rem {}\r\n@"{}" -IS -c "{}" %*\r\n'.format(LAUNCHER_MARK, *(
+            text.replace("%", "%%") for text in (sys.executable, code)))
+    return '#!/bin/sh\n# %s\nexec %s -IS -c %s "$@"\n' % (
+        LAUNCHER_MARK, shlex.quote(sys.executable), shlex.quote(code))
+
+
+def verb_install(args):
+    """Write a launcher, `nexus`, for which Python keeps this file compiled: it starts at once"""
+    path, source = launcher_of(args), os.path.abspath(__file__)
+    home, (folder, name) = os.path.dirname(path), os.path.split(source)
+    cache = sys.pycache_prefix = None if os.access(folder, os.W_OK) else \
+        os.path.join(State().root, "compiled")
+    draft = "%s.%s.tmp" % (path, os.urandom(4).hex())
+    try:
+        if not re.fullmatch(r"[A-Za-z_]\w*\.py", name):
+            raise OSError("%s is no name that Python can import" % name)
+        os.makedirs(home, exist_ok=True)
+        with os.fdopen(create_private(draft), "wb") as file:
+            file.write(os.fsencode(launcher_text(folder, name[:-3], cache)))
+        os.chmod(draft, 0o755)
+        os.replace(draft, path)
+        compiled = py_compile.compile(source)
+    except OSError as trouble:
+        raise NexusError("cannot_install", "No launcher: %s." % trouble, status=400) from None
+    say({"ok": True, "launcher": path, "runs": source, "python": sys.executable,
+         "compiled": compiled})
+    if home not in os.environ.get("PATH", "").split(os.pathsep):
+        tip("%s is not on PATH: add it in your shell's profile, or choose another with --bin."
+            % home)
+
+
+def verb_uninstall(args):
+    """Remove the launcher"""
+    path = launcher_of(args)
+    if not os.path.exists(path):
+        raise NexusError("no_launcher", "There is no launcher %s." % path, status=404)
+    os.unlink(path)
+    say({"ok": True, "removed": path})
 
 
 class TemporaryServer:
@@ -7481,15 +8179,23 @@ def verb_selftest(args):
 
 # The table of verbs, and how a command line becomes a call.
 
+def age_in_hours(text):
+    """Hours, in which the seed counts, or a time with units."""
+    return duration(text, False, "h") / 3600
+
+
 Flag = collections.namedtuple("Flag", "kind help needed", defaults=(False,))
-FLAGS = {       # kind: str, int and float take a value, bool is a switch
+FLAGS = {       # kind: bool is a switch, others read a value
     "--url": Flag(str, "server URL (default: the session's, NEXUS_URL, config, %s)" % DEFAULT_URL),
     "--ca": Flag(str, "file of certificates to trust (NEXUS_CA)"),
     "--pin": Flag(str, "SHA-256 of the one certificate to trust (NEXUS_PIN)"),
     "--insecure": Flag(bool, "let keys go over plain http to other machines (NEXUS_INSECURE)"),
     "--db": Flag(str, "database file (NEXUS_DB)"),
     "--agent-id": Flag(str, "who you are; remembered after join, claim and create"),
-    "--ttl": Flag(int, "seconds of life"),
+    "--home": Flag(str, "folder to use instead of ~/.config/messaging (NEXUS_HOME)"),
+    "--bin": Flag(str, "folder of the launcher (default: ~/.local/bin)"),
+    "--tools": Flag(str, "which are there: nexus, tx or all (the default)"),
+    "--ttl": Flag(duration, "time to live"),
     "--max-agents": Flag(int, "most agents in the session"),
     "--greeting": Flag(str, "first message, from system"),
     "--alias": Flag(str, "short name for the session on this machine"),
@@ -7497,32 +8203,41 @@ FLAGS = {       # kind: str, int and float take a value, bool is a switch
     "--after": Flag(str, "cursor to read from; 0 replays everything; the saved one stays"),
     "--others": Flag(bool, "pass over what you wrote yourself"),
     "--follow": Flag(bool, "go on with what comes, until Ctrl-C; without your own messages"),
-    "--ack": Flag(bool, "acknowledge each message once it has been written out"),
+    "--ack": Flag(bool, "acknowledge each message once it was written out or --exec has done it"),
     "--format": Flag(str, "md, json or html"),
     "--members": Flag(bool, "list the members too"),
-    "--wait": Flag(int, "seconds to wait for a message, 0 to %d" % MAX_WAIT),
-    "--strict": Flag(bool, "fail if the server does not take json"),
+    "--channel": Flag(list, "a channel to look at; may be given more than once"),
+    "--once": Flag(str, "tell nothing twice under this key, the id of an agent's run, say"),
+    "--exec": Flag(str, "shell command for each message; exit 0 means done"),
+    "--parallel": Flag(int, "commands at a time (default: 1)"),
+    "--drain": Flag(bool, "end when there is nothing to lease"),
+    "--wait": Flag(duration, "time to wait for a message, up to %ds" % MAX_WAIT),
+    "--strict": Flag(bool, "fail if the server does not take json, or (news) does not answer"),
     "--active": Flag(bool, "only sessions that may be alive"),
-    "--interval": Flag(int, "seconds between polls at the most"),
+    "--interval": Flag(duration, "time between polls at the most"),
     "--yes": Flag(bool, "do not ask"),
     "--idempotency-key": Flag(str, "makes a repeated send harmless"),
+    "--lines": Flag(bool, "each line of stdin is a message"),
+    "--jsonl": Flag(bool, "each line of stdin is a JSON object: content, channel, sender, ..."),
+    "--batch": Flag(str, "key of these lines: whatever is sent again with it is stored once"),
     "--sender": Flag(str, "sender's name"),
     "--task": Flag(str, "associated task id"),
     "--correlation": Flag(str, "correlation id"),
     "--metadata": Flag(str, "JSON object"),
-    "--limit": Flag(int, "most messages"),
+    "--limit": Flag(int, "how many at the most"),
+    "--prefix": Flag(str, "only names that begin like this"),
     "--include-acked": Flag(bool, "acknowledged messages too"),
     "--lease-token": Flag(str, "token of the lease"),
-    "--acked-older-than": Flag(float, "hours"),
+    "--acked-older-than": Flag(age_in_hours, "age in hours, or such as 2d"),
     "--consumer": Flag(str, "who works"),
-    "--lease": Flag(int, "seconds, 1 to %d" % MAX_LEASE_SECONDS),
-    "--delay": Flag(int, "seconds until it is offered again"),
-    "--timeout": Flag(int, "seconds to wait for the reply"),
+    "--lease": Flag(duration, "how long it is yours, up to %ds" % MAX_LEASE_SECONDS),
+    "--delay": Flag(duration, "time until it is offered again"),
+    "--timeout": Flag(duration, "time to wait for the reply"),
     "--resume": Flag(int, "id of the question to go on waiting for"),
     "--json": Flag(bool, "print JSON"),
     "--json=": Flag(str, "JSON payload"),               # what send means by it
 }
-COMMON = ("--url", "--ca", "--pin", "--insecure")
+COMMON = ("--url", "--home", "--ca", "--pin", "--insecure")
 HELP = ("-h", "--help")
 Verb = collections.namedtuple("Verb", "run arguments flags example")
 # arguments: NAME is needed, [NAME] is not, NAME... takes the rest of the words, dashes and all.
@@ -7544,8 +8259,10 @@ VERBS = {
     "pair-status": Verb(verb_pair_status, "CODE", "", "pair-status PEARL-FOCAL-S5SJV"),
     "send": Verb(verb_send, "SESSION [TEXT...]", "--agent-id --json= --strict --idempotency-key",
                  'send review "Got it." --json \'{"page": 3}\''),
-    "poll": Verb(verb_poll, "SESSION", "--agent-id --after --members --others --wait --follow",
-                 "poll review --wait 60"),
+    "poll": Verb(verb_poll, "SESSION", "--agent-id --after --members --others --wait --follow"
+                 " --exec", "poll review --wait 60"),
+    "news": Verb(verb_news, "[SESSION...]", "--channel --agent-id --wait --once --strict --json",
+                 "news --channel builds --once $PPID"),
     "chat": Verb(verb_chat, "SESSION", "--agent-id --after", "chat review"),
     "transcript": Verb(verb_transcript, "SESSION", "--agent-id --format",
                        "transcript review --format html"),
@@ -7563,19 +8280,26 @@ VERBS = {
     "config": Verb(verb_config, "[ACTION] [VALUE]", "", "config set-url " + DEFAULT_URL),
     "bind": Verb(verb_bind, "SESSION", "", "bind review --url " + DEFAULT_URL),
     "doctor": Verb(verb_doctor, "", "", "doctor"),
+    "install": Verb(verb_install, "", "--bin", "install"),
+    "uninstall": Verb(verb_uninstall, "", "--bin", "uninstall"),
     "skill": Verb(verb_skill, "[CODE]", "", "skill"),
-    "mcp": Verb(verb_mcp, "", "", "mcp --url " + DEFAULT_URL),
-    "tx send": Verb(tx_send, "CHANNEL CONTENT...", "--sender --task --ttl --correlation --metadata"
-                    " --idempotency-key --json", 'tx send builds "v2.3.1 is out" --sender ci'),
+    "mcp": Verb(verb_mcp, "", "--tools", "mcp --url " + DEFAULT_URL),
+    "tx send": Verb(tx_send, "[CHANNEL] [CONTENT...]", "--sender --task --ttl --correlation"
+                    " --metadata --idempotency-key --lines --jsonl --batch --json",
+                    'tx send builds "v2.3.1 is out" --sender ci'),
     "tx inbox": Verb(tx_inbox, "CHANNEL", "--after --limit --sender --correlation --include-acked"
-                     " --wait --follow --ack --json", "tx inbox builds --after 42 --json"),
-    "tx ack": Verb(tx_ack, "ID", "--lease-token --json", "tx ack 42"),
+                     " --wait --follow --ack --exec --json", "tx inbox builds --after 42 --json"),
+    "tx channels": Verb(tx_channels, "", "--prefix --after --limit --json",
+                        "tx channels --prefix build"),
+    "tx ack": Verb(tx_ack, "ID...", "--lease-token --json", "tx ack 42 43"),
     "tx ack all": Verb(tx_ack_all, "CHANNEL", "--json", "tx ack all builds"),
     "tx outbox pending": Verb(tx_pending, "CHANNEL", "--json", "tx outbox pending builds"),
     "tx outbox gc": Verb(tx_gc, "", "--acked-older-than --json",
                          "tx outbox gc --acked-older-than 24"),
     "tx lease": Verb(tx_lease, "CHANNEL", "--consumer! --limit --lease --wait --json",
                      "tx lease jobs --consumer worker-1 --lease 60 --json"),
+    "tx work": Verb(tx_work, "CHANNEL", "--consumer! --exec! --parallel --lease --drain",
+                    "tx work jobs --consumer worker-1 --exec ./resize.sh --parallel 4"),
     "tx release": Verb(tx_release, "ID", "--lease-token! --delay --json",
                        "tx release 42 --lease-token TOKEN"),
     "tx extend": Verb(tx_extend, "ID", "--lease-token! --lease! --json",
@@ -7600,7 +8324,7 @@ def flags_of(name):
 
 
 def _misused(why):
-    raise Usage(why)
+    raise Usage(re.sub("invalid (duration|age_in_hours) value: ", TIME_FORMS, why))
 
 
 def make_parser(name):
@@ -7621,10 +8345,12 @@ def make_parser(name):
     for flag, row in flags_of(name).items():
         if row.kind is bool:
             parser.add_argument(flag, action="store_true", default=None, help=row.help)
+        elif row.kind is list:
+            parser.add_argument(flag, action="append", help=row.help, metavar="NAME")
         else:
             parser.add_argument(flag, type=row.kind, help=row.help, required=row.needed,
-                                metavar="N" if row.kind in (int, float)
-                                else flag.rpartition("-")[2].upper())
+                                metavar={int: "N", duration: "TIME", age_in_hours: "TIME"}.get(
+                                    row.kind, flag.rpartition("-")[2].upper()))
     return parser
 
 
@@ -7648,7 +8374,7 @@ def arrange(words):
             name = longer
             known = flags_of(name) if name in VERBS else FLAGS
         elif word in HELP or word[:1] == "-" != word and not (
-                name in VERBS and "..." in VERBS[name].arguments):
+                name in VERBS and re.search(r"T\.\.\.", VERBS[name].arguments)):   # TEXT, CONTENT
             flags.append(word)
         elif not name and flags and "=" not in flags[-1] and flags[-1] not in HELP:
             flags[-1] += "=" + word         # the value of a flag that only its verb knows
@@ -7668,8 +8394,8 @@ def explain(name=""):
         raise Usage("there is no verb %s" % name)
     print("nexus %s: messages between AI agents, server and client in one file.\n\n"
           "usage: nexus.py VERB [arguments] [flags]; every VERB explains itself with --help\n\n"
-          "%s\n\nstdout is JSON (but help, tx, skill, demo, selftest); exit 0 done, 1 refused,"
-          " 2 wrong usage." % (VERSION, "\n".join(lines)))
+          "%s\n\nstdout is JSON (but help, tx, news, skill, demo, selftest); exit 0 done, 1"
+          " refused, 2 wrong usage." % (VERSION, "\n".join(lines)))
 
 
 def verb_help(args):
@@ -7680,6 +8406,62 @@ def verb_help(args):
 VERBS["help"] = Verb(verb_help, "[TOPIC...]", "", "help send")
 
 
+# The words before the one that is typed tell the verb; longer verbs come first.
+BASH = r"""_nexus() {
+  local aliases word words typed=${COMP_WORDS[COMP_CWORD]}
+  aliases=$(grep -so '"[A-Za-z0-9._-]*": *"' \
+    "${NEXUS_HOME:-$HOME/.config/messaging}/aliases.json" | cut -d '"' -f 2)
+  case " ${COMP_WORDS[*]:1:$((COMP_CWORD - 1))} " in
+%s  esac
+  COMPREPLY=()
+  for word in $words; do
+    [[ $word != "$typed"* ]] || COMPREPLY+=("$word")
+  done
+}
+complete -o default -F _nexus nexus nexus.py
+"""
+ZSH = "autoload -Uz +X compinit bashcompinit && compinit && bashcompinit\n"
+FISH = r"""function __nexus
+    set -q NEXUS_HOME; or set -l NEXUS_HOME ~/.config/messaging
+    set -l aliases (grep -so '"[A-Za-z0-9._-]*": *"' $NEXUS_HOME/aliases.json | cut -d '"' -f 2)
+    switch " "(string join " " -- (commandline -opc)[2..-1])" "
+%s    end
+end
+complete -c nexus -c nexus.py -f -a '(__nexus)'
+"""
+SHELLS = {"bash": BASH, "zsh": ZSH + BASH, "fish": FISH}
+
+
+def next_words(verb):
+    """What may stand behind a verb or the beginning of one: more of it, $aliases, flags."""
+    begin = verb and verb + " "
+    more = dict.fromkeys(name[len(begin):].split()[0] for name in VERBS if name.startswith(begin))
+    return [*more, *["$aliases"] * (verb in VERBS and VERBS[verb].arguments[:7] == "SESSION"),
+            *(flags_of(verb) if verb in VERBS else ()), "--help"]
+
+
+def verb_completion(args):
+    """Print what makes a shell (bash, zsh, fish) complete verbs, flags and aliases"""
+    if args.shell not in SHELLS:
+        raise Usage("completion is there for %s" % ", ".join(SHELLS))
+    case = "        case '*%s*'\n            string split ' ' -- %s\n" if args.shell == "fish" \
+        else "    *'%s'*) words=\"%s\" ;;\n"
+    verbs = {" ".join(name.split()[:count]) for name in VERBS for count in range(4)}
+    print(SHELLS[args.shell] % "".join(
+        case % (verb and " %s " % verb, " ".join(next_words(verb)))
+        for verb in sorted(verbs, key=lambda verb: (-len(verb.split()), verb))), end="")
+
+
+VERBS["completion"] = Verb(verb_completion, "SHELL", "", "completion bash")
+
+
+def nearest(words):
+    """The verb that was perhaps meant, told by all its words or by the last; or ""."""
+    last = {name.rpartition(" ")[2]: name for name in reversed(list(VERBS))}
+    found = difflib.get_close_matches(words.lower(), [*VERBS, *last], 1)
+    return last.get(found[0], found[0]) if found else ""
+
+
 def run(name, flags, rest):
     """Run a command line as arrange() left it; returns its exit code."""
     if set(flags) & set(HELP):
@@ -7688,8 +8470,12 @@ def run(name, flags, rest):
         return say({"version": VERSION})
     if name not in VERBS:
         words = " ".join(([name] if name else []) + rest[:1])
-        raise Usage("unknown command: %s" % words if words else "no command was given")
+        near = nearest(words)
+        raise Usage("unknown command: %s%s" % (words, near and " (did you mean %s?)" % near)
+                    if words else "no command was given", near)
     args = make_parser(name).parse_args(flags + (["--"] + rest if rest else []))
+    if getattr(args, "home", None):
+        os.environ["NEXUS_HOME"] = args.home
     if name.startswith("tx "):
         return VERBS[name].run(connect(args).messages, args)
     return VERBS[name].run(args)
@@ -7702,16 +8488,20 @@ def run_and_explain(words):
     JSON always: it carries how to go on.
     """
     name, flags, rest = arrange(words)
-    quiet = name[:2] == "tx" and "--json" not in flags
+    quiet = (name[:2] == "tx" or name == "news") and "--json" not in flags
     try:
         "".join(words).encode("utf-8")
         return run(name, flags, rest) or 0
     except NexusError as refusal:
-        wrong, code = in_flags(refusal), 1
+        wrong, code = in_flags(refusal, [*flags_of(name), *re.findall(
+            "[A-Z]+", VERBS[name].arguments)] if name in VERBS else []), 1
+        if refusal.code == "invalid_request":   # arguments that only the server knows to be wrong
+            wrong.message, code = "%s See: nexus.py help %s" % (wrong.message, name), 2
     except (Usage, UnicodeError) as trouble:
+        why, *meant = trouble.args if isinstance(trouble, Usage) else [
+            "what was given, as arguments or on stdin, is not UTF-8"]
         wrong, code = NexusError("usage", "%s. See: nexus.py %s" % (
-            trouble if isinstance(trouble, Usage) else "what was given, as arguments or on stdin,"
-            " is not UTF-8", ("help " + name).strip())), 2
+            why, ("help " + (meant and meant[0] or name)).strip())), 2
     if not quiet or wrong.code == "no_reply":
         say(wrong.body())
     tip(("Error: " if quiet else "") + wrong.message)
@@ -7731,7 +8521,7 @@ def main():
     except OSError as trouble:          # the reader of our output has had enough, or its disk
         if not isinstance(trouble, BrokenPipeError):
             tip("nexus.py: %s" % trouble)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        hang_up()
         return 1
     except KeyboardInterrupt:
         return 130

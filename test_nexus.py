@@ -654,10 +654,10 @@ class RedactJsonTest(unittest.TestCase):
                 self.assertEqual(nexus.redact_json(value), (value, []))
                 self.assertIs(nexus.redact_json(value)[0], value)
 
-    def test_untouched_parts_are_shared_and_order_is_kept(self):
+    def test_the_value_that_was_given_and_its_order_are_kept(self):
         value = {"z": {"deep": [1]}, "password": "hunter2xyz", "a": 1}
         safe, _ = nexus.redact_json(value)
-        self.assertIs(safe["z"], value["z"])
+        self.assertEqual(safe["z"], value["z"])
         self.assertEqual(list(safe), ["z", "password", "a"])
         self.assertEqual(value["password"], "hunter2xyz")
 
@@ -4127,7 +4127,7 @@ create(ttl=None, max_agents=None, greeting=None, creator_agent_id=None)
 status(session_id)  join(session_id, agent_id, session_key=None)  pair(session_id)
 leave(session_id, agent_id, session_key)  renew(session_id, agent_id, ttl=None)
 send(session_id, agent_id, text=None, json=None, session_key=None, idempotency_key=None)
-poll(session_id, agent_id, after=None, members=False, limit=None, wait=None, others=None)
+poll(session_id, agent_id, after=None, members=False, limit=None, wait=None, others=None,
 claim(code, agent_id)  pair_status(code)"""
 CHANNEL_SIGNATURES = """
 send(channel, content, inbox(channel, after_id=None, limit=None, ack(id, lease_token=None)
@@ -4203,19 +4203,22 @@ class ClientPromises(ChannelCase):
         self.assertEqual((self.fails(client.messages.send, "c", "x").status, sleeps), (429, []))
 
     def test_an_eaten_answer_is_no_double(self):
+        def pass_on(request):
+            return self.s.raw(request, half_close=True)
+
         def eat(request):
-            self.s.raw(request)
+            pass_on(request)
             return b""
-        server, client, sleeps = self.scripted(eat, self.s.raw)
+        server, client, sleeps = self.scripted(eat, pass_on)
         sent = client.messages.send(self.channel, "once")
         self.assertEqual((self.read(), len(sleeps), len(server.keys())), ([sent], 1, 1))
         session, keys = self.s.session()
-        server, client, sleeps = self.scripted(eat, eat, self.s.raw)
+        server, client, sleeps = self.scripted(eat, eat, pass_on)
         client.send(session, "ada", "once", session_key=keys["ada"])
         stored = self.s.poll(session, "ada").json["messages"]
         self.assertEqual((len(stored), len(sleeps), len(server.keys())), (1, 2, 1))
         question = self.put(sender=self.channel + "-back")
-        self.scripted(eat, self.s.raw)[1].messages.reply(question["id"], "once")
+        self.scripted(eat, pass_on)[1].messages.reply(question["id"], "once")
         self.assertEqual(self.count(self.channel + "-back"), 1)
 
     def test_after_four_attempts_with_doubling_pauses_the_error_comes_through(self):
@@ -4339,7 +4342,7 @@ class ClientPromises(ChannelCase):
         for details in ("x", 5, [5, None], [{}], {"field": "x"}):
             refusal = http_answer(400, {"error": "invalid_request", "details": details})
             ran = run_here(self.folder(), "status", "x", url=self.scripted(refusal)[0].url)
-            self.assertEqual((ran.code, ran.json["error"]), (1, "invalid_request"))
+            self.assertEqual((ran.code, ran.json["error"]), (2, "invalid_request"))
 
 
 class Doorman:
@@ -4824,7 +4827,7 @@ class McpOverStdio(ServerCase):
     def test_huge_split_and_broken_lines_do_not_stop_it(self):
         before = len(self.mcp.find(None))
         for line, code in ((b"not json\n", -32700), (b"\xff\xfe\n", -32700),
-                           (b'"' + b"x" * (nexus.MCP_LINE + 9) + b'"\n', -32700),
+                           (b'"' + b"x" * (nexus.LINE_BYTES + 9) + b'"\n', -32700),
                            (b"[]\n", -32600), (b"1\n", -32600)):
             count = len(self.mcp.find(None)) + 1
             self.mcp.write(line)
@@ -4938,7 +4941,8 @@ class Recorder(nexus.Client):
         self.reached.add(nexus.find(method, path)[0].name)
         message = dict(dict.fromkeys(FIELDS + LEASE_FIELDS, "x"), id=1, metadata={}, attempts=1)
         return dict(message, message=message, messages=[message], count=1, ackedCount=1,
-                    expired=0, acked=0, results=[], channels=[])
+                    expired=0, acked=0, channels=[],
+                    results=[{"id": 1, "ok": True}])
 
 
 class Descriptions(ServerCase):
@@ -5057,7 +5061,7 @@ class Descriptions(ServerCase):
 
     def test_every_operation_has_a_client_method_or_a_tool(self):
         client, Recorder.reached = Recorder(self.s.url), set()
-        for owner, others in ((client, {"request", "perform", "insist", "follow", "close"}),
+        for owner, others in ((client, names("request perform insist follow close sleep")),
                               (client.messages, {"ask", "resume_command", "follow", "finish",
                                                  "send_many", "ack_many"})):
             for name in set(dir(owner)) - others:
@@ -5076,7 +5080,7 @@ class Descriptions(ServerCase):
         nexus.Client, os.environ["HOME"] = Recorder, self.folder()
         try:
             for name, verb in nexus.VERBS.items():
-                if name.startswith("tx ") and name != "tx ask":     # which waits
+                if name.startswith("tx ") and name not in ("tx ask", "tx work"):   # which wait
                     with contextlib.redirect_stdout(io.StringIO()) as out, \
                             contextlib.redirect_stderr(io.StringIO()):
                         words = nexus.arrange(nexus.shlex.split(verb.example))
@@ -5084,8 +5088,8 @@ class Descriptions(ServerCase):
                     self.assertTrue(out.getvalue(), name)
         finally:
             nexus.Client, os.environ["HOME"] = real, home
-        self.assertEqual(Recorder.reached | {"channel_send_many", "message_ack_many",
-                                             "list_channels"},      # one with a flag, two to come
+        self.assertEqual(Recorder.reached | {"channel_send_many", "message_ack",
+                                             "list_channels"},      # what other flags do
                          {entry.name for entry in nexus.OPERATIONS if entry.api})
         self.assertIn("tx ask", nexus.VERBS)
 
@@ -5116,10 +5120,11 @@ IN_BASH = 'nexus.py() { "$PYTHON" %s "$@"; }\ntx() { nexus.py tx "$@"; }\n' % " 
 
 
 class Stream(io.TextIOWrapper):
-    """A standard stream in memory; `tty` says whether it is a terminal."""
+    """A standard stream in memory, of text or bytes; `tty` says whether it is a terminal."""
 
     def __init__(self, text="", tty=False):
-        super().__init__(io.BytesIO(text.encode("utf-8")), "utf-8")
+        super().__init__(io.BytesIO(text if isinstance(text, bytes) else text.encode("utf-8")),
+                         "utf-8")
         self.isatty = lambda: tty
 
 
@@ -5319,8 +5324,6 @@ class SessionVerbs(CliCase):
         self.assertEqual(old.requests[1:], [("GET", None), ("POST", {"text": 'see {"page":3}'})])
 
     def test_a_refusal_is_the_servers_json_and_exit_1(self):
-        found = self.no("invalid_request", "create", "--ttl", 0, "--max-agents", 99999).json
-        self.assertEqual({row["field"] for row in found["details"]}, {"ttl", "maxAgents"})
         sid = self.s.session()[0]
         for error, words in (
                 ("session_not_found", "status %s" % GONE), ("session_not_found", "pair " + GONE),
@@ -5328,7 +5331,6 @@ class SessionVerbs(CliCase):
                 ("session_not_found", "alias %s name" % GONE), ("alias_not_found", "unalias no"),
                 ("code_not_found", "pair-status PEARL-FOCAL-00000"),
                 ("forbidden", "poll %s --agent-id eve" % sid),
-                ("invalid_request", "poll %s --agent-id ada --after x" % sid),
                 ("missing_session_key", "leave %s --agent-id ada" % sid)):
             self.no(error, *words.split())
         for words in (["join", sid], ["claim", "PEARL-FOCAL-S5SJV"], ["send", sid, "hi"],
@@ -5373,6 +5375,39 @@ class Refusals(CliCase):
         self.no("usage", "ls", NEXUS_STATUS_TIMEOUT="soon", code=2)
         self.no("usage", "status", "x", NEXUS_HTTP_TIMEOUT="soon", code=2)
 
+    def test_what_only_the_server_knows_to_be_wrong_is_wrong_usage_in_the_verbs_words(self):
+        sid, found = self.s.session()[0], []
+        for words, told in (("create --ttl 0 --max-agents 99999", "--ttl must be at least 1;"
+                             " --max-agents must be at most 50."),
+                            ("poll %s --agent-id ada --after x" % sid, "--after must"),
+                            ("renew %s --agent-id ada --ttl 2d" % sid, "--ttl must be at most 864"),
+                            ("tx send %s x" % ("c" * 257), "CHANNEL must have at most"),
+                            ("tx send c x --ttl 0", "--ttl must be at least 1"),
+                            ("tx send c x --metadata []", "--metadata must be an object"),
+                            ("tx lease c --consumer w --lease 2h", "--lease must be at most 3600"),
+                            ("tx inbox c --wait 2m", "--wait must be at most 60")):
+            ran = self.no("invalid_request", *words.split(), "--json", code=2) \
+                if words[:2] == "tx" else self.no("invalid_request", *words.split(), code=2)
+            self.assertIn(told, ran.json["message"])
+            self.assertIn("See: nexus.py help " + ("tx" if words[:2] == "tx" else
+                                                   words.split()[0]), ran.err)
+            found += [row["field"] for row in ran.json["details"]]
+        self.assertEqual(found[:3], ["--ttl", "--max-agents", "--after"])
+        self.assertEqual(self.cli("tx", "send", "c", "x", "--ttl", 0).out, "")
+
+    def test_a_wrong_word_is_told_with_the_nearest_verb_and_its_help(self):
+        for words, meant in ((["inbx"], "tx inbox"), (["tx", "inbx", "c"], "tx inbox"),
+                             (["sned", "x"], "send"), (["INBOX", "c"], "tx inbox"),
+                             (["tx", "pending", "c"], "tx outbox pending"), (["lst"], "ls"),
+                             (["poll-statu"], "poll-status"), (["frobnicate"], None),
+                             (["tx", "frobnicate"], None), ([], None)):
+            ran = self.cli(*words, "--json")
+            self.assertEqual((ran.code, ran.json["error"]), (2, "usage"), ran)
+            self.assertEqual(re.findall(r"did you mean (.*?)\?", ran.json["message"]),
+                             [meant] if meant else [])
+            self.assertRegex(ran.err, r"See: nexus\.py help%s\n$" % (
+                " " + meant if meant else " tx" if words[:1] == ["tx"] else ""))
+
     def test_wrong_usage_of_tx_keeps_stdout_for_results(self):
         for words, told in (([], "tx"), (["nonsense"], "tx nonsense"), (["send", "b"], "CONTENT"),
                             (["ack", "x"], "ID"), (["lease", "jobs"], "--consumer"),
@@ -5402,7 +5437,7 @@ class Refusals(CliCase):
                             (["send", sid, "x", "--agent-id", "ada", "--idempotency-key",
                               "k" * 129], "--idempotency-key must have")):
             ran = self.cli(*words)
-            self.assertEqual(ran.code, 1, ran)
+            self.assertEqual(ran.code, 2 if "must" in told else 1, ran)
             self.assertIn(told, ran.json["message"])
             self.assertNotRegex(ran.out + ran.err, unseen)
         self.assertEqual(ran.json["details"][0]["field"], "--idempotency-key")
@@ -6018,8 +6053,6 @@ class ChannelVerbs(CliCase):
     def test_a_refusal_is_a_sentence_on_stderr_or_json_on_stdout(self):
         for words, error, sentence in (
                 ("ack 999999", "message_not_found", "Message not found: 999999"),
-                ("send c x --ttl 0", "invalid_request", "ttlSeconds"),
-                ("send c x --metadata []", "invalid_request", "metadata"),
                 ("release 999999 --lease-token t", "message_not_found", "999999"),
                 ("reply 999999 x", "message_not_found", "999999")):
             ran = self.cli("tx", *words.split())
@@ -6195,6 +6228,594 @@ class WorkByVerb(CliCase):
 
 
 # ----------------------------------------------------------------------------------------
+# Waking an agent, and work
+#
+# `news` tells once, in silence where nothing is, and leaves no trace; a command that is run for a
+# message decides by its exit code what becomes of it, whoever is killed in the middle.
+# ----------------------------------------------------------------------------------------
+
+
+class News(CliCase):
+    """news."""
+
+    def setUp(self):
+        super().setUp()
+        self.s = self.server()          # nobody waits there but for this test
+        self.sid, self.channel = self.opened("--alias", "review", "--greeting", "Hi"), self.id()
+        self.bob = self.s.call("POST", "/v1/sessions/%s/join" % self.sid, agent="bob").json
+        patch = patched(nexus, "NEWS_SECONDS", 20)      # a loaded machine is no failure
+        patch.__enter__()
+        self.addCleanup(patch.__exit__, None, None, None)
+
+    def says(self, text, agent="bob", sid=None):
+        """Somebody else writes into a session."""
+        self.assertEqual(self.s.send(sid or self.sid, agent, text).status, 201)
+
+    def news(self, *words, code=0, err="", **more):
+        """What the verb prints, which must be all it does."""
+        before = self.files()
+        ran = self.cli("news", *words, **more)
+        self.assertEqual((ran.code, ran.err), (code, err), ran)
+        self.assertEqual({path: text for path, text in self.files().items() if "told" not in path},
+                         {path: text for path, text in before.items() if "told" not in path})
+        return ran.out
+
+    def files(self):
+        """{path: content} of our home."""
+        return {str(path): path.read_text() for path in pathlib.Path(self.home).rglob("*")
+                if path.is_file()}
+
+    def test_nothing_is_said_where_nothing_is_new(self):
+        self.assertEqual(self.news(), "")               # a greeting is none
+        self.says("mine", "ada")
+        self.assertEqual(self.news(), "")
+        self.assertEqual(self.news("--channel", self.channel), "")
+        self.assertEqual(self.news("--json"), '{"places":[]}\n')
+        self.assertEqual(self.cli("news", home=self.folder()), (0, "", "", None))
+
+    def test_a_line_says_who_left_what_where_and_how_to_read_it_and_never_the_text(self):
+        self.says("secret plan")
+        self.says("mine", "ada")
+        self.says("more")
+        self.assertRegex(self.news(), r"^review: 2 new from bob, oldest \d+ d ago; nexus\.py poll"
+                                      r" review\n$")
+        self.assertRegex(self.news(self.sid, "--url", self.s.url),
+                         r"^%s: 2 new .*; nexus\.py poll %s --url %s\n$" % (
+                             self.sid, self.sid, self.s.url))
+        row, = json.loads(self.news("--json"))["places"]
+        self.assertEqual(row, {
+            "session": "review", "new": 2, "more": False, "senders": ["bob"],
+            "oldestAt": "2023-11-14T22:13:20.000Z", "next": "nexus.py poll review"})
+        self.assertEqual(self.news()[:13], "review: 2 new")     # without --once, again
+        self.assertEqual(self.texts("review"), ["Hi", "secret plan", "mine", "more"])
+        self.assertEqual(self.news(), "")               # what was read is none
+
+    def test_ages_are_short(self):
+        now = time.time()
+        for seconds, text in ((-9, "0 s"), (59, "59 s"), (60, "1 min"), (3599, "59 min"),
+                              (3600, "1 h"), (86399, "23 h"), (86400, "1 d")):
+            with patched(nexus.time, "time", lambda: now):
+                self.assertEqual(nexus.age(nexus.iso(round(now - now % 1 - seconds) * 1000)), text)
+
+    def test_all_sessions_that_may_be_alive_are_looked_at_and_channels_when_named(self):
+        other = self.opened()
+        for agent in ("bob", "eve", "joe", "kim"):
+            self.s.call("POST", "/v1/sessions/%s/join" % other, agent=agent)
+            self.says("x", agent, other)
+        self.keep("0" * 48, agent="ada\n")              # has ended
+        self.keep("1" * 48, server=self.s.url)          # nobody has joined
+        self.says("hello")
+        self.s.client().messages.send(self.channel, "x", sender="c\x1b\ni" + "!" * 50)
+        self.assertEqual({line.partition(",")[0] for line in self.news().splitlines()},
+                         {"review: 1 new from bob", "%s: 4 new from bob" % other})
+        self.assertIn("from bob, eve, joe and others, oldest", self.news(other))
+        lines = self.news("review", "--channel", self.channel, "--channel", "empty").splitlines()
+        self.assertEqual(len(lines), 2)
+        self.assertRegex(lines[1], r"^%s: 1 pending from c\\x1b↵ i!{36}, oldest \d+ d ago;"
+                                   r" nexus\.py tx inbox %s$" % ((re.escape(self.channel),) * 2))
+        self.assertEqual(len(self.news("--channel", self.channel, "--strict").splitlines()), 3)
+
+    def test_a_look_is_no_presence(self):
+        self.s.clock.advance(3659)
+        self.assertEqual(self.news(), "")
+        self.s.clock.advance(2)
+        self.assertEqual(self.s.call("GET", "/v1/sessions/" + self.sid).status, 404)
+        self.assertEqual(self.news("--strict"), "")     # it has ended, as sessions do
+        self.assertEqual(self.news(), "")
+        self.news("review", "--strict", code=1,
+                  err="Error: Session not found: it has expired or never was.\n")
+
+    def test_a_look_leaves_no_trace_on_the_server(self):
+        self.s.clock.advance(10)
+        self.news()
+        seen = self.s.poll(self.sid, "bob", "?members=true").json["members"]
+        self.assertEqual(day_time(seen[1]["lastSeenAt"]) - day_time(seen[0]["lastSeenAt"]), 10000)
+
+    def test_of_pending_messages_the_rest_is_told(self):
+        client = self.s.client().messages
+        ids = [client.send(self.channel, str(number), sender="ci")["id"] for number in range(3)]
+        client.ack(ids[0])
+        client.lease(self.channel, "w")
+        words = ("--channel", self.channel, "--once", "run 1")
+        self.assertIn(": 2 pending from ci,", self.news(*words))
+        self.assertEqual(self.news(*words), "")
+        client.send(self.channel, "3", sender="bob")
+        self.assertIn(": 1 pending from bob,", self.news(*words))
+        self.assertEqual(client.pending(self.channel), 3)
+        for number in range(99):
+            client.send(self.channel, "x")
+        self.assertIn(": 99 pending", self.news(*words))
+        self.assertIn(": 100+ pending", self.news("--channel", self.channel))
+
+    def test_once_is_once_for_each_run_of_the_agent(self):
+        self.says("one")
+        for key in ("run 1", "../../run 2", "\u2603" * 300):
+            self.assertIn("review: 1 new", self.news("--once", key))
+            self.assertEqual(self.news("--once", key), "")
+        self.says("two")
+        self.assertIn("review: 1 new", self.news("--once", "run 1"))
+        self.assertIn("review: 2 new", self.news("--once", "run 3"))
+        path = pathlib.Path(self.home, ".config", "messaging", "told.json")
+        if os.name == "posix":
+            self.assertEqual(path.stat().st_mode & 0o777, 0o600)
+        with patched(nexus, "TOLD_SECONDS", -1):        # all that came before is old
+            self.assertIn("review: 2 new", self.news("--once", "run 4"))
+        self.assertEqual(list(json.loads(path.read_text())), ["run 4"])
+
+    @unittest.skipUnless(os.name == "posix", "needs POSIX pipes")
+    def test_who_has_hung_up_was_not_told(self):
+        self.says("one")
+        reader, broken = os.pipe()
+        os.close(reader)
+        done = subprocess.run(COMMAND + ["news", "--once", "k", "--wait", "9"], stdout=broken,
+                              stderr=subprocess.PIPE, timeout=60,
+                              env=clean_environment(self.home))
+        os.close(broken)
+        self.assertEqual((done.returncode, done.stderr), (1, b""))
+        self.assertIn("review: 1 new", self.news("--once", "k"))
+
+    def test_a_server_that_is_not_there_is_silence(self):
+        self.says("hello")
+        self.keep(SILENT, agent="ada\n", server=DEAD_URL)
+        self.assertIn("review: 1 new", self.news())
+        self.assertEqual(self.news("--url", DEAD_URL), "")
+        self.assertEqual(self.news("--url", DEAD_URL, "--wait", "30"), "")
+        ran = self.cli("news", "--strict")
+        self.assertEqual((ran.code, ran.out[:13]), (1, "review: 1 new"))
+        self.assertIn("Error: No answer from " + DEAD_URL, ran.err)
+        self.assertEqual(self.news("nobody"), "")
+        self.assertIn("Nobody has joined", self.cli("news", "nobody", "--strict").err)
+        with open(os.path.join(self.home, ".config", "messaging", "aliases.json"), "w") as file:
+            file.write("no json")
+        ran = self.cli("news")          # this is another matter
+        self.assertEqual((ran.code, ran.out), (1, ""))
+        self.assertIn("aliases.json is not a JSON object", ran.err)
+
+    def test_what_hangs_is_left_behind(self):
+        go = threading.Event()
+        self.addCleanup(go.set)
+        with patched(nexus.socket, "getaddrinfo", lambda *_, **__: go.wait(30)), \
+                patched(nexus, "NEWS_SECONDS", 0.1):
+            self.assertEqual(self.news(), "")
+            self.assertIn("Error: No answer in time.", self.cli("news", "--strict").err)
+
+    def test_a_wait_ends_with_the_first_that_is_new(self):
+        other = self.opened()
+
+        def answer():
+            until(lambda: self.s.store.waiters.parked == 3)
+            self.says("mine", "ada")
+            self.says("yours")
+        bob = Started(answer)
+        self.assertRegex(self.news("--wait", 60, "--channel", self.channel, "--once", "k"),
+                         "^review: 1 new from bob,.*\n$")
+        bob.result()
+        self.assertEqual(self.news(other, "--wait", 1), "")
+        self.assertEqual(self.news("--once", "k"), "")
+
+    def test_what_was_read_while_it_waited_is_no_news(self):
+        def read():
+            until(lambda: self.s.store.waiters.parked)
+            self.keep(self.sid, cursor="1\n")
+            self.says("one")
+            until(lambda: not self.s.store.waiters.parked)
+            until(lambda: self.s.store.waiters.parked)
+            self.says("two")
+        bob = Started(read)
+        line = self.cli("news", "--wait", 60).out
+        bob.result()
+        self.assertIn("review: 1 new", line)
+        self.assertEqual(self.texts("review"), ["two"])
+
+    def test_a_server_that_goes_away_during_a_wait_is_waited_for(self):
+        lost, over = (None, nexus.Unreachable("u", "x", False)), (None, None)
+        args = argparse.Namespace(session=["x", "y"], channel=None, wait=60)
+        new = ({"new": 1}, None)
+        steps = {"x": iter([over, lost, lost, lost, new]), "y": iter([lost])}
+        naps = []
+        with patched(nexus, "look", lambda args, told, kind, name, wait=0: next(steps[name])), \
+                patched(nexus, "time", type("", (), {"sleep": naps.append,
+                                                     "monotonic": time.monotonic})):
+            self.assertEqual(nexus.look_around(args, {}), ([{"new": 1}], [lost[1]]))
+        self.assertEqual((naps, list(steps["y"])), ([1], []))
+
+    def test_wrong_usage_is_told_on_stderr_alone(self):
+        for words in (["--wat"], ["review", "--wait", "x"], ["--channel"]):
+            ran = self.cli("news", *words)
+            self.assertEqual((ran.code, ran.out), (2, ""), ran)
+            self.assertIn("nexus.py help news", ran.err)
+
+
+@unittest.skipUnless(os.name == "posix" and BASH, "needs a POSIX shell")
+class CommandCase(CliCase):
+    """A test that runs verbs with --exec, as processes, with self.home as their folder."""
+
+    def setUp(self):
+        super().setUp()
+        self.channel, self.messages = self.id(), self.s.client().messages
+
+    def start(self, *words, **environ):
+        """A verb as a process."""
+        process = subprocess.Popen(
+            COMMAND + [str(word) for word in words], cwd=self.home, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=clean_environment(self.home, **dict({"NEXUS_URL": self.s.url}, **environ)))
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def end(self, process, code=0, how=None):
+        """Its stdout and stderr, once it has ended with this code."""
+        if how:
+            process.send_signal(how)
+        out, err = [text.decode() for text in process.communicate(timeout=30)]
+        self.assertNotIn("Traceback", err)
+        self.assertEqual(process.returncode, code, err)
+        return out, re.sub(r"(?m)^server: .*\n", "", err)
+
+    @staticmethod
+    def line(process):
+        """The next line on its stderr."""
+        line = process.stderr.readline().decode()
+        return process.stderr.readline().decode() if line.startswith("server: ") else line
+
+    def work(self, command, *flags, **environ):
+        """A worker on our channel, as a process."""
+        return self.start("tx", "work", self.channel, "--consumer", "w", "--exec", command, *flags,
+                          **environ)
+
+    def drained(self, command, *flags, code=0, **environ):
+        """What a worker wrote who worked off what there is."""
+        return self.end(self.work(command, "--drain", *flags, **environ), code)
+
+    def there(self, *names):
+        """Are these files there?"""
+        return all(os.path.exists(os.path.join(self.home, name)) for name in names)
+
+    def read(self, name):
+        """A file that a command wrote."""
+        return pathlib.Path(self.home, name).read_text()
+
+    def put(self, name, text=""):
+        """A file, for a command that waits for it."""
+        pathlib.Path(self.home, name).write_text(text)
+
+    def send(self, content="x", **more):
+        """A message in our channel: its id."""
+        return self.messages.send(self.channel, content, **more)["id"]
+
+    def row(self, number):
+        """(status, attempts, lease's token, its end) as the server keeps them."""
+        (acked, *rest), = self.s.store.db.read("SELECT acked_at, attempts, lease_token, free_at"
+                                               " FROM messages WHERE id = ?", (number,))
+        return ["pending" if acked is None else "acked"] + rest
+
+
+ENDS = "What runs may finish; Ctrl-C again ends it.\n"
+HOLD = "touch began.$NEXUS_MESSAGE_ID; while [ ! -e go ]; do sleep 0.02; done; "
+
+
+class FollowWithCommand(CommandCase):
+    """--follow --exec."""
+
+    def follow(self, command, *words):
+        sid = self.sid
+        return self.start(*words or ("poll", sid), "--follow", "--exec", command)
+
+    def setUp(self):
+        super().setUp()
+        self.sid = self.opened()
+        self.s.call("POST", "/v1/sessions/%s/join" % self.sid, agent="bob")
+
+    def cursor(self):
+        path = self.kept(self.sid, "cursor")
+        return self.read(path).strip() if os.path.exists(path) else None
+
+    def test_the_cursor_moves_when_the_command_has_succeeded(self):
+        self.s.send(self.sid, "bob", "one \u2603\0")
+        self.s.send(self.sid, "ada", "mine")
+        process = self.follow("cat >> got; echo >> got; " + HOLD + "true")
+        until(lambda: self.there("began."))
+        self.assertEqual(self.cursor(), None)
+        self.put("go")
+        until(lambda: self.cursor() == "1")
+        self.s.send(self.sid, "bob", "two")
+        until(lambda: self.cursor() == "3")
+        self.assertEqual(self.end(process, how=signal.SIGTERM), ("", ""))
+        rows = [json.loads(line) for line in self.read("got").splitlines()]
+        self.assertEqual([(row["text"], row["agentId"], row["cursor"]) for row in rows],
+                         [("one \u2603\0", "bob", "1"), ("two", "bob", "3")])
+
+    def test_a_failure_ends_it_and_the_next_run_begins_with_that_message(self):
+        for text in ("one", "two", "three"):
+            self.s.send(self.sid, "bob", text)
+        out, err = self.end(self.follow("cat >> got; [ -e mended ] || ! grep -q two got"), 1)
+        self.assertEqual((self.cursor(), json.loads(out)["error"]), ("1", "command_failed"))
+        self.assertIn("Message 2: exit code 1.", err)
+        self.put("mended")
+        process = self.follow("cat >> got")
+        until(lambda: self.cursor() == "3")
+        self.end(process, how=signal.SIGINT)
+        self.assertEqual(re.findall('"text":"(.*?)"', self.read("got")),
+                         ["one", "two", "two", "three"])
+
+    def test_a_channel_is_acknowledged_only_after_success(self):
+        ids = [self.send(str(number)) for number in range(3)]
+        words = ("tx", "inbox", self.channel, "--ack")
+        out, err = self.end(self.follow("! grep '\"1\"'", *words), 1)
+        self.assertEqual((out.count("\n"), err.count("Message %d: " % ids[1])), (1, 1))
+        self.assertEqual([self.row(number)[0] for number in ids], ["acked", "pending", "pending"])
+        process = self.follow("true", *words)
+        until(lambda: self.messages.pending(self.channel) == 0)
+        self.end(process, how=signal.SIGINT)
+        self.send("again")
+        process = self.follow("touch seen", *words[:-1])
+        until(lambda: self.there("seen"))
+        self.end(process, how=signal.SIGINT)
+        self.assertEqual(self.messages.pending(self.channel), 1)    # without --ack
+
+    def test_a_signal_lets_the_command_finish_and_a_second_one_ends_it(self):
+        self.s.send(self.sid, "bob", "one")
+        self.s.send(self.sid, "bob", "two")
+        process = self.follow(HOLD + "touch done")
+        until(lambda: self.there("began."))
+        process.send_signal(signal.SIGINT)
+        self.put("go")
+        self.assertEqual(self.end(process), ("", ENDS))
+        self.assertEqual((self.cursor(), self.there("done")), ("1", True))
+        os.unlink(os.path.join(self.home, "go"))
+        os.unlink(os.path.join(self.home, "began."))
+        process = self.follow(HOLD)
+        until(lambda: self.there("began."))
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(self.line(process), ENDS)
+        _, err = self.end(process, 1, signal.SIGTERM)
+        self.assertIn("Message 2: exit code 143.", err)
+        self.assertEqual(self.cursor(), "1")
+
+    def test_flags_that_need_follow_say_so(self):
+        for words in (["poll", self.sid, "--exec", "x"], ["tx", "inbox", "c", "--exec", "x"],
+                      ["tx", "inbox", "c", "--ack"]):
+            ran = self.cli(*words)
+            self.assertEqual(ran.code, 2)
+            self.assertIn("--follow", ran.err)
+
+
+class Work(CommandCase):
+    """tx work."""
+
+    SETTINGS = {"max_attempts": 3}
+
+    def test_the_command_gets_the_message_and_exit_0_acknowledges_it(self):
+        ids = [self.send("deploy \u2603\0$(touch pwned)", sender="ci", correlation_id="c-1",
+                         task_id="t", metadata={"a": ["\u2603"]}), self.send("two")]
+        began = self.s.app.requests
+        out, err = self.drained("cat > in.$NEXUS_MESSAGE_ID; env > env.$NEXUS_MESSAGE_ID; echo out;"
+                                " echo err >&2", "--lease", 30)
+        self.assertEqual((out, err), ("out\n" * 2, "err\n" * 2 + ""))
+        self.assertEqual(self.s.app.requests - began, 3)    # each finishes one and takes the next
+        self.assertEqual([self.row(number)[:2] for number in ids], [["acked", 1]] * 2)
+        self.assertEqual(self.read("in.%d" % ids[0]), "deploy \u2603\0$(touch pwned)")
+        found = dict(re.findall("(?m)^NEXUS_(.*?)=(.*)$", self.read("env.%d" % ids[0])))
+        self.assertRegex(found.pop("LEASE_TOKEN"), "^[0-9a-f]{32}$")
+        self.assertEqual(found, {
+            "MESSAGE_ID": str(ids[0]), "CHANNEL": self.channel, "SENDER": "ci", "TASK_ID": "t",
+            "CORRELATION_ID": "c-1", "ATTEMPTS": "1", "METADATA": '{"a":["\u2603"]}',
+            "URL": self.s.url, "OMITTED": ""})
+        self.assertFalse(self.there("pwned"))
+
+    def test_what_no_environment_holds_is_left_out_and_named(self):
+        number = self.send("y" * 300000, sender="a\0b", task_id="t" * 30001,
+                           metadata={"k": "x" * 200000})
+        self.drained("wc -c > size; env > env", LC_ALL="C")
+        self.assertEqual((self.read("size").strip(), self.row(number)[0]), ("300000", "acked"))
+        found = dict(re.findall("(?m)^NEXUS_(.*?)=(.*)$", self.read("env")))
+        self.assertEqual([found[name] for name in ("SENDER", "TASK_ID", "METADATA", "CHANNEL")],
+                         ["", "", "", self.channel])
+        self.assertEqual(sorted(found["OMITTED"].split()),
+                         ["NEXUS_METADATA", "NEXUS_SENDER", "NEXUS_TASK_ID"])
+
+    def test_a_failure_comes_again_later_and_later_and_dies_in_the_end(self):
+        number, now = self.send(), self.s.clock.now()
+        for attempt, delay in ((1, 1), (2, 2), (3, None)):
+            _, err = self.drained("exit 7")
+            self.assertEqual(err, "Message %d: exit code 7 at attempt %d; given back with a delay"
+                                  " of %d s.\n" % (number, attempt, 2 ** (attempt - 1)))
+            self.assertEqual(self.row(number)[:3], ["pending", attempt, None])
+            if delay:
+                self.assertEqual(self.row(number)[3] - self.s.clock.now(), delay * 1000)
+                self.s.clock.advance(delay - 0.1)
+                self.assertEqual(self.drained("touch early"), ("", ""))
+                self.s.clock.advance(0.2)
+        self.assertEqual(self.drained("touch early"), ("", ""))
+        self.assertEqual([row["id"] for row in self.messages.dead(self.channel)], [number])
+        self.assertFalse(self.there("early"))
+
+    def test_a_delay_is_five_minutes_at_most(self):
+        worker = object.__new__(nexus.Worker)
+        delays, worker.stopping, worker.seconds, worker.signals = [], threading.Event(), 60, 0
+        worker.run, worker.client = lambda *_: 1, nexus.Client()
+        worker._release = lambda row, delay: delays.append(delay)
+        with patched(nexus, "tip", lambda text: None), \
+                patched(nexus, "environment_of", lambda *_: {}):
+            for attempts in (1, 5, 9, 10, 99999):
+                self.assertIs(worker._work_on({"id": 1, "attempts": attempts, "content": "",
+                                               "leaseToken": "t"}), False)
+        self.assertEqual(delays, [1, 16, 256, 300, 300])
+
+    def test_ctrl_c_lets_what_runs_finish_and_takes_nothing_new(self):
+        ids = [self.send(), self.send(), self.send()]
+        for how, done in ((signal.SIGINT, 2), (signal.SIGTERM, 3)):
+            process = self.work(HOLD + "cat > got.$NEXUS_MESSAGE_ID", "--parallel", 2)
+            until(lambda: self.there(*["began.%d" % number for number in ids[:done]]))
+            process.send_signal(how)
+            self.assertEqual(self.line(process), ENDS)
+            self.put("go")
+            self.assertEqual(self.end(process), ("", ""))
+            self.assertEqual([self.row(number)[:2] for number in ids],
+                             [["acked", 1]] * done + [["pending", 0]] * (3 - done))
+            os.unlink(os.path.join(self.home, "go"))
+
+    def test_a_second_signal_ends_what_runs_and_a_third_kills_it(self):
+        number = self.send()
+        for attempt, (trap, signals) in enumerate((("touch trapped; exit 1", 2), ("", 3)), 1):
+            process = self.work("trap '%s' TERM; " % trap + HOLD)
+            until(lambda: self.there("began.%d" % number))
+            process.send_signal(signal.SIGINT)
+            self.assertEqual(self.line(process), ENDS)
+            if signals == 3:
+                process.send_signal(signal.SIGTERM)
+            _, err = self.end(process, 0, signal.SIGINT)
+            self.assertRegex(err, "Message %d: .* at attempt %d; given back with a delay of"
+                                  " 0 s.\n$" % (number, attempt))
+            self.assertEqual(self.row(number), ["pending", attempt, None, nexus.FREE])
+            os.unlink(os.path.join(self.home, "began.%d" % number))
+        self.assertTrue(self.there("trapped"))
+
+    def test_a_worker_that_is_idle_ends_at_once_and_holds_nothing(self):
+        process = self.work("true", "--parallel", 3)
+        until(lambda: self.s.store.waiters.parked == 3)
+        self.assertEqual(self.end(process, how=signal.SIGTERM), ("", ""))
+
+    def test_of_two_commands_at_a_time_none_waits_for_the_other(self):
+        ids = [self.send(), self.send()]
+        self.drained("touch up.$NEXUS_MESSAGE_ID; while [ ! -e up.%d -o ! -e up.%d ]; do sleep"
+                     " 0.02; done" % tuple(ids), "--parallel", 2)
+        self.assertEqual([self.row(number)[0] for number in ids], ["acked"] * 2)
+
+    def test_a_killed_worker_loses_nothing(self):
+        number = self.send("precious")
+        first = self.work("echo $$ > pid; " + HOLD, "--lease", 60)
+        until(lambda: self.there("began.%d" % number))
+        self.addCleanup(self.end_group, int(self.read("pid")))
+        first.kill()
+        first.wait()
+        self.assertEqual(self.drained("cat > early"), ("", ""))
+        self.s.clock.advance(61)
+        self.drained("cat > got")
+        self.assertEqual((self.read("got"), self.there("early")), ("precious", False))
+        self.assertEqual(self.row(number)[:2], ["acked", 2])
+
+    @staticmethod
+    def end_group(pid):
+        with contextlib.suppress(OSError):
+            os.killpg(pid, signal.SIGKILL)
+
+    def test_the_lease_is_extended_while_the_command_runs(self):
+        number = self.send()
+        process = self.work(HOLD, "--lease", 1)
+        until(lambda: self.there("began.%d" % number))
+        for _ in range(3):
+            ends = self.row(number)[3]
+            self.s.clock.advance(0.9)
+            until(lambda: self.row(number)[3] > ends)
+        self.put("go")
+        until(lambda: self.row(number)[0] == "acked")
+        self.assertEqual(self.end(process, how=signal.SIGINT), ("", ""))
+        self.assertEqual(self.row(number)[1], 1)
+
+    def test_a_lost_lease_is_told_and_its_result_dropped(self):
+        for seconds, told in ((1, "over or was never given"), (3600, "This lease is over")):
+            number = self.send()
+            process = self.work(HOLD + "exit $(cat code)", "--lease", seconds)
+            until(lambda: self.there("began.%d" % number))
+            self.s.clock.advance(seconds + 1)
+            row, = self.messages.lease(self.channel, "other", lease_seconds=3600)
+            if seconds == 1:            # it finds out by itself
+                line = self.line(process)
+            self.put("code", "7" if seconds == 1 else "0")
+            self.put("go")
+            if seconds > 1:             # it is told when it is done
+                line = self.line(process)
+            self.assertRegex(line, "^Message %d: .*%s" % (number, told))
+            until(lambda: self.s.store.waiters.parked)
+            self.assertEqual(self.end(process, how=signal.SIGINT), ("", ""))
+            self.assertEqual(self.row(number)[:3], ["pending", 2, row["leaseToken"]])
+            self.messages.ack(number, row["leaseToken"])
+            os.unlink(os.path.join(self.home, "go"))
+
+    def test_a_server_that_is_away_is_waited_for(self):
+        server = self.process("--db", "n.db")
+        client = nexus.Client(server.url).messages
+        number = client.send(self.channel, "one")["id"]
+        process = self.work(HOLD, NEXUS_URL=server.url)
+        until(lambda: self.there("began.%d" % number))
+        server.stop(signal.SIGKILL)
+        self.put("go")
+        again = self.process("--db", "n.db", "--port", str(server.port), folder=server.folder)
+        until(lambda: not client.pending(self.channel), 30)
+        client.send(self.channel, "two")
+        until(lambda: not client.pending(self.channel), 30)
+        again.stop()
+        self.assertEqual(self.end(process, how=signal.SIGINT), ("", ""))    # or in a pause
+
+    def test_a_worker_that_stops_while_the_server_is_away_still_acknowledges(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        number, tries = self.send(), []
+        worker = nexus.Worker(self.s.client(), argparse.Namespace(
+            exec="true", channel=self.channel, consumer="w", lease=None, drain=None))
+        row, = self.messages.lease(self.channel, "w")
+
+        def away(*_):
+            tries.append(1)
+            raise nexus.Unreachable("u", "away", False)
+        with patched(worker.messages, "_do", away):
+            taking = Started(worker._take, [{"id": number, "leaseToken": row["leaseToken"]}])
+            until(lambda: tries)
+        worker.stopping.set()           # it pauses for half a second or more
+        page = taking.result()
+        self.assertEqual((page, page.results), ([], [{"id": number, "ok": True}]))
+        self.assertEqual((len(tries), self.row(number)[0]), (1, "acked"))
+
+    def test_a_command_that_cannot_run_burns_nothing(self):
+        number = self.send()
+        for command in ("./no-such-script -x", "if then"):
+            _, err = self.drained(command, code=1)
+            self.assertIn("Error: Cannot run this command: %s (" % command, err)
+            self.assertEqual(self.row(number)[:3], ["pending", 0, None])
+        _, err = self.drained("true && no-such-command", code=1)    # it turns out when it runs
+        self.assertIn("Cannot run this command: true && no-such-command (exit code 127)", err)
+        self.assertEqual(self.row(number)[:3], ["pending", 1, None])
+        self.put("plain")
+        for how in (signal.SIGINT, signal.SIGTERM):
+            self.addCleanup(signal.signal, how, signal.getsignal(how))
+        for command in ("no-such", "./plain", self.home, "no-\u2603 x", "", " \n"):
+            with self.subTest(command), self.assertRaises(nexus.NexusError) as caught:
+                nexus.Commands(command.replace("./", self.home + "/"))
+            self.assertEqual(caught.exception.code, "command_not_run")
+        for command in ("A=1 true", "[ 1 = 1 ]", "{ true; }", "(true)", "exec true", "/bin/sh -c :",
+                        '"true"', "$NOTHING true", "if true; then true; fi", " true", "cd /;true"):
+            with self.subTest(command):
+                self.assertEqual(nexus.Commands(command).run("x", {}), 0)
+
+    def test_what_is_refused_ends_it_with_a_sentence(self):
+        for flags, code, told in ((("--lease", 0), 2, "at least 1"),
+                                  (("--parallel", 0), 2, "from 1 on")):
+            self.assertIn(told, self.end(self.work("true", *flags), code)[1])
+
+
+# ----------------------------------------------------------------------------------------
 # Verbs as processes
 #
 # What a process alone can show: signals, code pages, arguments that are not text, and what is
@@ -6299,6 +6920,688 @@ class VerbProcesses(CliCase):
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)", ran.out)[1])
         with self.assertRaises(OSError):
             socket.create_connection(("127.0.0.1", port), 1).close()
+
+
+# ----------------------------------------------------------------------------------------
+# Pipes
+#
+# Lines of stdin become messages, many in one request. Whatever stops them, it is said how many are
+# stored and how to go on, and who goes on doubles nothing.
+# ----------------------------------------------------------------------------------------
+
+
+class SlowTime:
+    """queue.Queue and a clock for lines_of(): a script of (when, chunk) comes in its own time."""
+
+    def __init__(self, *script):
+        self.now, self.script = 0.0, list(script)
+
+    def __getattr__(self, name):
+        return getattr(time, name)              # the server's threads look at the clock, too
+
+    def queue(self, _size):
+        """What stands in for the queue; what the reading thread puts there is not needed."""
+        self.put = lambda chunk: None
+        return self
+
+    def monotonic(self):
+        """The time of the script."""
+        return self.now
+
+    def get(self, timeout):
+        """The next chunk, if it comes in time."""
+        when, chunk = self.script[0]
+        if when > self.now + timeout:
+            self.now += timeout
+            raise nexus.queue.Empty
+        self.now = max(self.now, when)
+        return self.script.pop(0)[1]
+
+
+class Pipes(CliCase):
+    """tx send --lines, --jsonl, --batch."""
+
+    def pipe(self, *words, input="", code=0, **more):
+        """Run `tx send`: what it printed."""
+        with patched(nexus, "stop_on_signals", lambda: None):   # they are for a process of its own
+            ran = self.cli("tx", "send", *words, input=input, **more)
+        self.assertEqual(ran.code, code, ran)
+        return ran
+
+    def contents(self, channel):
+        """Everything in a channel, as it was stored."""
+        found = []
+        while not found or found[-1].more:
+            last = found[-1][-1]["id"] if found else 0
+            found.append(self.s.client().messages.inbox(channel, last, 1000))
+        return [row["content"] for page in found for row in page]
+
+    def test_a_file_is_stored_line_by_line_in_full_requests(self):
+        lines, sizes = ["%d \u2603 x" % number for number in range(2345)], []
+        send_many = nexus.Messages._store
+
+        def store(messages, part):
+            sizes.append(len(part))
+            return send_many(messages, part)
+        with patched(nexus.Messages, "_store", store), patched(nexus, "MANY_SECONDS", 60):
+            ran = self.pipe("file", "--lines", "--sender", "s", "--ttl", "1h", "--task", "t",
+                            "--correlation", "c", "--metadata", '{"a":1}', input="\n".join(lines))
+        self.assertEqual((ran.out, sizes), ('2345 message(s) sent to channel "file"\n',
+                                            [1000, 1000, 345]))
+        self.assertEqual(self.contents("file"), lines)
+        row = self.s.client().messages.inbox("file", limit=1)[0]
+        self.assertEqual([row[name] for name in ("sender", "taskId", "correlationId", "metadata")],
+                         ["s", "t", "c", {"a": 1}])
+        self.assertEqual(day_time(row["expiresAt"]) - day_time(row["createdAt"]),
+                         3600000)
+
+    def test_lines_end_as_they_end_anywhere_and_json_shows_what_is_stored(self):
+        ran = self.pipe("ends", "--lines", "--json", input=b"a\r\nb\rc\n\xe2\x98\x83\tlast")
+        rows = [json.loads(line) for line in ran.out.splitlines()]
+        self.assertEqual([(row["content"], row["sender"], row["status"]) for row in rows], [
+            (text, "cli", "pending") for text in ("a", "b\rc", "\u2603\tlast")])
+        self.assertEqual(self.contents("ends"), ["a", "b\rc", "\u2603\tlast"])
+        self.assertEqual(self.pipe("ends", "--lines").out,
+                         '0 message(s) sent to channel "ends"\n')
+        self.assertEqual(self.pipe("--jsonl").out, "0 message(s) sent to 0 channels\n")
+
+    def test_each_json_line_has_the_fields_of_a_send(self):
+        rows = [{"content": "one"}, {"content": "two", "channel": "other", "sender": "me",
+                                     "ttlSeconds": 60, "metadata": {"a": [1]}, "taskId": "t"},
+                {"content": "three", "id": 7, "status": "acked", "correlationId": None,
+                 "channel": "jsonl"}]
+        text = "\n".join(json.dumps(row) for row in rows)
+        ran = self.pipe("jsonl", "--jsonl", "--sender", "us", "--correlation", "c", input=text)
+        self.assertEqual(ran.out, "3 message(s) sent to 2 channels\n")
+        mine, other = (self.s.client().messages.inbox(name) for name in ("jsonl", "other"))
+        self.assertEqual([(row["content"], row["sender"], row["correlationId"]) for row in mine],
+                         [("one", "us", "c"), ("three", "us", "c")])
+        self.assertEqual([(row["sender"], row["metadata"], row["taskId"], row["correlationId"])
+                          for row in other], [("me", {"a": [1]}, "t", "c")])
+        self.assertEqual(self.pipe("--jsonl", input=text.split("\n")[2]).out,
+                         '1 message(s) sent to channel "jsonl"\n')
+        again = self.cli("tx", "inbox", "other", "--json").out  # what inbox shows can be sent on
+        self.pipe("--jsonl", input=json.dumps(json.loads(again)[0]))
+        self.assertEqual(len(self.contents("other")), 2)
+
+    def test_a_bad_line_is_told_by_its_number_and_nothing_of_its_batch_is_stored(self):
+        good = [b"%d" % number for number in range(5)]
+        cases = [([], b"\xff", "not UTF-8"), ([], b"", "content must not be empty"),
+                 (["--jsonl"], b"{", "Expecting"), (["--jsonl"], b"[]", "not a JSON object"),
+                 (["--jsonl"], b"{}", "content is required"), (["--jsonl"], b"", "Expecting"),
+                 (["--jsonl"], b'{"content":"x","channel":""}', "channel must not be empty"),
+                 (["--jsonl"], b'{"content":"x","ttlSeconds":0}', "ttlSeconds must be at least"),
+                 (["--jsonl"], b'{"content":"x","metadata":[]}', "metadata must be an object"),
+                 (["--jsonl"], b"[" * 200, "nested"), ([], b"x" * 3001, "too long for this server"),
+                 ([], b"x" * 9001, "more than 9000 bytes")]
+        tight = self.server(max_body=3000)
+        for number, (flags, bad, told) in enumerate(cases):
+            channel, lines = "bad%d" % number, list(good)
+            lines = [b'{"content":"%s"}' % line for line in good] if flags else lines
+            lines[3:3] = [bad]
+            with self.subTest(told), patched(nexus, "MAX_MANY", 2), \
+                    patched(nexus, "LINE_BYTES", 9000):
+                ran = self.pipe(channel, *flags or ["--lines"], "--json", code=1, url=tight.url,
+                                input=b"\n".join(lines) + b"\n")
+                *rows, wrong = [json.loads(line) for line in ran.out.splitlines()]
+                alone = "too long for" in told          # such a line goes by itself
+                self.assertEqual([row["content"] for row in rows], ["0", "1"] + ["2"] * alone)
+                self.assertEqual((wrong["error"], wrong["line"], wrong["stored"]),
+                                 ("invalid_line", 4, 2 + alone))
+                self.assertRegex(wrong["message"], r"^Line 4: .*%s" % told)
+                self.assertEqual(tight.client().messages.pending(channel), 2 + alone)
+                lines[3:4] = []                 # mended, and on as we were told
+                words = nexus.shlex.split(wrong["resume"])
+                self.assertEqual(words[:3], ["nexus.py", "tx", "send"])
+                self.pipe(*words[3:], url=tight.url, input=b"\n".join(lines))
+                self.assertEqual([row["content"] for row in tight.client().messages.inbox(channel)],
+                                 ["0", "1", "2", "3", "4"])
+        ran = self.pipe("text", "--lines", code=1, input=b"a\n\xff")
+        self.assertEqual(ran.out, "")
+        self.assertRegex(ran.err, r"(?m)^Error: Line 2: not UTF-8; 0 line\(s\) are stored; to go"
+                         r" on without doubling: nexus.py tx send text --lines --batch \w+ < ")
+        self.assertIn("Line 1: channel is required", self.pipe(
+            "--jsonl", code=1, input='{"content":"x"}').err)
+
+    def test_what_one_request_cannot_hold_goes_in_several(self):
+        small = self.server(max_body=3000)
+        lines = ["%d %s" % (number, "x" * 100) for number in range(100)]
+        self.pipe("small", "--lines", input="\n".join(lines), url=small.url)
+        self.assertEqual([row["content"] for row in small.client().messages.inbox(
+            "small", limit=1000)], lines)
+        heavy = ["\u2603" * 100000, "\u2603" * 100000, "x"]         # 300,000 bytes each
+        with patched(nexus, "MANY_SECONDS", 60):
+            self.pipe("heavy", "--lines", input="\n".join(heavy))
+        self.assertEqual(self.contents("heavy"), heavy)
+
+    def test_the_same_batch_again_stores_each_line_once(self):
+        lines = ["%d" % number for number in range(30)]
+        for text in ("\n".join(lines[:20]), "\n".join(lines), "\n".join(lines)):
+            self.pipe("again", "--lines", "--batch", "k", input=text)
+        self.assertEqual(self.contents("again"), lines)
+        ran = self.pipe("again", "--lines", "--batch", "k", input="other", code=1)
+        self.assertRegex(ran.err, r"Error: This --batch key was used for another.*; 0 line")
+        self.pipe("again", "--lines", input="\n".join(lines))       # without a key it is new
+        self.assertEqual(self.contents("again"), lines * 2)
+
+    def test_a_server_that_is_away_is_told_with_the_way_to_go_on(self):
+        ran = self.pipe("c", "--lines", "--sender", "a b", "--batch", "k", "--metadata", "{}",
+                        input="x", code=1, url=DEAD_URL)
+        self.assertRegex(ran.err, r"serve; 0 line\(s\) are stored; .*: nexus.py tx send c --sender"
+                                  r" 'a b' --metadata '\{\}' --lines --batch k < the same input\n$")
+
+    def test_an_eaten_answer_of_a_batch_is_no_double(self):
+        eaten = Scripted(self, lambda request: self.relay(request) and b"", self.relay)
+        client = eaten_client = nexus.Client(eaten.url, sleep=lambda seconds: None)
+        rows = list(client.messages.send_many([{"channel": "eaten", "content": "x"}]))
+        self.assertEqual(len(eaten.requests), 2)
+        self.assertEqual([row["id"] for row in rows], [
+            row["id"] for row in self.s.client().messages.inbox("eaten")])
+        eaten_client.close()
+
+    def relay(self, request):
+        """What our server answers to a request."""
+        return self.s.raw(request.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+
+    def test_what_comes_within_50_ms_goes_in_one_request_and_nothing_waits_longer(self):
+        for script, wanted in (
+                ([(0, b"a\nb\n"), (0.04, b"c\n"), (0.06, b"d\n"), (9, b"")],
+                 [b"a", b"b", b"c", None, b"d", None] + [None] * 9),    # and once a second
+                ([(number * 0.02, b"%d\n" % number) for number in range(6)] + [(0.1, b"e")] + [
+                    (0.1, b"")], [b"0", b"1", b"2", None, b"3", b"4", b"5", b"e"]),
+                ([(5, b"a"), (5.5, b"b\nc"), (5.51, b"")], [None] * 4 + [b"ab", b"c"]),
+                ([(0, b"\n\na\n"), (0, b"")], [b"", b"", b"a"]), ([(0, b"")], [])):
+            time_of = SlowTime(*script)
+            with patched(nexus.queue, "Queue", time_of.queue), patched(nexus, "time", time_of):
+                found = list(nexus.lines_of(io.BytesIO()))
+            self.assertEqual([each for each in found if each is not None],
+                             [each for each in wanted if each is not None])
+            self.assertEqual(found[:len(wanted)], wanted[:len(found)], script)
+
+    def test_a_read_that_fails_is_no_end(self):
+        class Broken(io.BytesIO):
+            """Bytes, then an error."""
+            def read(self, size=-1):
+                return super().read(size) or refusing(OSError(5, "unreadable"))()
+        lines = nexus.lines_of(Broken(b"a\n"))
+        self.assertEqual(next(lines), b"a")
+        with self.assertRaisesRegex(OSError, "unreadable"):
+            list(lines)
+        late = iter([b"a", None, b"b\nc\n", b""])           # None: not yet, of a pipe without wait
+        stream = io.BytesIO()
+        stream.read = lambda size: next(late)
+        self.assertEqual([each for each in nexus.lines_of(stream) if each], [b"ab", b"c"])
+
+    def test_words_that_make_no_sense_together_are_wrong_usage(self):
+        for words in (["c", "x", "--lines"], ["c", "x", "--jsonl"], ["--lines"], ["c"], [],
+                      ["c", "--lines", "--jsonl"], ["c", "x", "--batch", "k"],
+                      ["c", "--lines", "--idempotency-key", "k"],
+                      ["c", "--lines", "--metadata", "{"]):
+            ran = self.pipe(*words, input="line", code=2)
+            self.assertEqual(ran.out, "")
+            self.assertIn("See: nexus.py help tx send", ran.err)
+
+    def test_many_messages_of_a_client_carry_its_name_and_go_when_told(self):
+        client, seen = self.s.client(sender="me"), []
+
+        def messages():
+            for number in range(3):
+                yield {"channel": "told", "content": "%d" % number, "sender": "you"
+                       if number else None}
+                yield None
+                seen.append(self.s.client().messages.pending("told"))
+        rows = list(client.messages.send_many(messages()))
+        self.assertEqual(([row["sender"] for row in rows], seen), (["me", "you", "you"], [1, 2, 3]))
+        self.assertEqual(list(client.messages.send_many([])), [])
+
+
+@unittest.skipUnless(os.name == "posix", "pipes, terminals and signals as POSIX has them")
+class PipeProcesses(CliCase):
+    """What only processes show: pipes that end, signals, a terminal."""
+
+    start = VerbProcesses.start
+
+    def pending(self, channel):
+        """How many are there."""
+        return self.s.client().messages.pending(channel)
+
+    def test_who_types_waits_for_nobody(self):
+        typing = self.start("tx", "send", "typed", "--lines", "--json", stdin=subprocess.PIPE)
+        for number in range(3):
+            typing.stdin.write(b"line %d\n" % number)
+            typing.stdin.flush()
+            line = Started(typing.stdout.readline).result()
+            self.assertEqual(json.loads(line.decode())["content"], "line %d" % number)
+        out, err = typing.communicate(timeout=20)
+        self.assertEqual((typing.returncode, out), (0, b""), err)
+
+    def test_interrupted_it_says_how_to_go_on_and_nothing_doubles(self):
+        for how in (signal.SIGINT, signal.SIGTERM):
+            channel = "stopped %d" % how
+            lines = b"".join(b"%d\n" % number for number in range(2500))
+            process = self.start("tx", "send", channel, "--lines", stdin=subprocess.PIPE)
+            process.stdin.write(lines[:len(lines) // 2])
+            process.stdin.flush()
+            until(lambda: self.pending(channel) > 1000)
+            process.send_signal(how)
+            self.assertEqual(process.wait(20), 130)
+            told = process.stderr.read().decode()
+            self.assertNotIn("Traceback", told)
+            words = nexus.shlex.split(re.search(
+                r"Stopped; \d+ line\(s\) are .* doubling: nexus.py (.*) < the same input", told)[1])
+            self.assertIn(channel, words)
+            again = self.start(*words, stdin=subprocess.PIPE)
+            out, err = again.communicate(lines, timeout=60)
+            self.assertEqual((again.returncode, out.decode()),
+                             (0, '2500 message(s) sent to channel "%s"\n' % channel), err)
+            self.assertEqual(self.pending(channel), 2500)
+
+    def test_a_reader_that_has_had_enough_loses_nothing(self):
+        reader, writer = os.pipe()
+        process = subprocess.Popen(
+            COMMAND + ["tx", "send", "head", "--lines", "--json"], stdin=subprocess.PIPE,
+            stdout=writer, stderr=subprocess.PIPE,
+            env=clean_environment(self.home, NEXUS_URL=self.s.url))
+        os.close(writer)
+        process.stdin.write(b"first\n")
+        process.stdin.flush()
+        self.assertIn(b"first", Started(os.read, reader, 1000).result())
+        os.close(reader)                        # as head -1 does
+        _, err = process.communicate(b"".join(b"%d\n" % number for number in range(3000)), 60)
+        self.assertEqual((process.returncode, err.count(b"\n")), (0, 1), err)   # server: ...
+        self.assertEqual(self.pending("head"), 3001)
+
+    def test_a_terminal_sees_how_far_it_is(self):
+        path, (ours, theirs) = os.path.join(self.home, "lines"), os.openpty()
+        with open(path, "w") as file:
+            file.writelines("line %d\n" % number for number in range(2500))
+        with open(path) as file, open(ours, "rb", 0) as terminal:
+            process = subprocess.Popen(
+                COMMAND[:-1] + [COMMAND[-1].replace("; ", "; nexus.PROGRESS_SECONDS = 0.001; "),
+                                "tx", "send", "far", "--lines"], stdin=file, stdout=subprocess.PIPE,
+                stderr=theirs, env=clean_environment(self.home, NEXUS_URL=self.s.url))
+            os.close(theirs)
+            shown = b""
+            with contextlib.suppress(OSError):      # EIO: the other side has gone
+                for part in iter(lambda: terminal.read(1000), b""):
+                    shown += part
+            out, _ = process.communicate(timeout=60)
+        self.assertEqual(out, b'2500 message(s) sent to channel "far"\n')
+        self.assertRegex(shown, rb"^[^\n]*\n\d+ message\(s\), \d+/s, \d+ % *\r"
+                         if shown[:7] == b"server:" else rb"^\d+ message\(s\), \d+/s, \d+ % *\r")
+        self.assertEqual(shown[-51:], b" " * 50 + b"\r")
+
+
+# ----------------------------------------------------------------------------------------
+# At home in a shell
+#
+# Times with units, tables, colours and local time for people and for nobody else; a home for each
+# of two people on one machine; a launcher and completion that run for real.
+# ----------------------------------------------------------------------------------------
+
+
+class Durations(CliCase):
+    """90, 30s, 2h, 1h30m."""
+
+    def test_forms(self):
+        for text, seconds in (("90", 90), ("0", 0), ("30s", 30), ("5m", 300), ("2h", 7200),
+                              ("1d", 86400), ("1h30m", 5400), ("1d2h3m4s", 93784), ("1.5h", 5400),
+                              ("1.1m", 66), ("0.5m", 30), (str(2 ** 63 - 1), 2 ** 63 - 1)):
+            found = nexus.duration(text)
+            self.assertEqual((found, type(found)), (seconds, int), text)
+        for text in ("", "soon", "-1", "1h30", "h", "1 h", "1e5", "1.5", "0.1s", "1.2.3", "1w",
+                     "1H", "9" * 400 + ".5", "9" * 5000, "\u0663", "1h-", "inf", "nan"):
+            with self.assertRaisesRegex(ValueError, "90, 30s, 5m, 2h, 1d or 1h30m, not "):
+                nexus.duration(text)
+        self.assertEqual(nexus.duration("0.05", whole=False), 0.05)
+        self.assertEqual(nexus.duration("1.5", False, "h"), 5400)
+
+    def test_every_time_takes_units_and_what_is_none_shows_the_forms(self):
+        timed = {"--ttl", "--wait", "--interval", "--lease", "--delay", "--timeout",
+                 "--acked-older-than"}
+        self.assertEqual({flag for flag, row in nexus.FLAGS.items()
+                          if row.kind in (nexus.duration, nexus.age_in_hours)}, timed)
+        self.assertEqual(nexus.FLAGS["--acked-older-than"].kind("1d"), 24)
+        self.assertEqual(nexus.FLAGS["--acked-older-than"].kind("1.5"), 1.5)
+        self.assertEqual(self.ok("create", "--ttl", "1h30m")["ttl"], 5400)
+        for words in (["create", "--ttl", "soon"], ["poll", "x", "--wait", "1.5"],
+                      ["heartbeat", "x", "--interval", "1w"]):
+            self.assertIn("30s, 5m, 2h", self.no("usage", *words, code=2).json["message"])
+        for words in (["outbox", "gc", "--acked-older-than", "x"],
+                      ["lease", "c", "--consumer", "w", "--lease", "1"  "h30"]):
+            self.assertRegex(self.cli("tx", *words).err, r"argument --\S+: a time looks like 90")
+        found = self.ok("status", self.opened(), NEXUS_HTTP_TIMEOUT="1m")
+        self.assertEqual(found["state"], "active")
+        self.assertIn("30s", self.no("usage", "status", "x", NEXUS_HTTP_TIMEOUT="soon",
+                                     code=2).json["message"])
+
+    def test_settings_of_time_take_units_too(self):
+        settings = nexus.Settings({"max_ttl": "1d", "agent_inactivity": "5m"})
+        self.assertEqual((settings.max_ttl, settings.agent_inactivity), (86400, 300))
+        self.assertEqual(nexus.Settings({}, {"NEXUS_MAX_TTL": "2h"}).max_ttl, 7200)
+        for given, told in (({"max_ttl": "soon"}, r"--max-ttl \(NEXUS_MAX_TTL\).*'soon'; .*1h30m"),
+                            ({"max_ttl": "0s"}, "between"), ({"max_body": "1k"}, "'1k'$"),
+                            ({"agent_inactivity": "-5"}, "30s")):
+            with self.assertRaisesRegex(ValueError, told):
+                nexus.Settings(given)
+
+
+class ForEyes(CliCase):
+    """Tables, colours, local times; tx channels and tx ack of several."""
+
+    def test_columns_are_aligned_by_what_a_terminal_shows(self):
+        out = Stream()
+        self.assertEqual(nexus.table(out, ("NAME", "N", "WHEN"), [
+            ("a", 7, None), ("\u4e2d\u6587", 12345, "now"), ("e\u0301x", 0, ""),
+            ("\x1b[2J", 1, "x")]),
+            ["NAME     N      WHEN", "a            7  -", "\u4e2d\u6587     12345  now",
+             "e\u0301x           0  -", "\\x1b[2J      1  x"])
+        self.assertEqual(nexus.table(out, ("A", "B"), []), ["A  B"])
+
+    def test_colours_are_for_terminals_without_no_color(self):
+        for tty, no_color, shown in ((True, "", "\x1b[1mx\x1b[0m"), (True, "1", "x"),
+                                     (False, "", "x")):
+            with patched(nexus.os, "environ", dict(os.environ, NO_COLOR=no_color)):
+                self.assertEqual(nexus.painted(Stream(tty=tty), 1, "x"), shown)
+        with patched(nexus.os, "name", "nt"):
+            for environ, shown in (({}, "x"), ({"WT_SESSION": "y"}, "\x1b[2mx\x1b[0m")):
+                with patched(nexus.os, "environ", environ):
+                    self.assertEqual(nexus.painted(Stream(tty=True), 2, "x"), shown)
+
+    @unittest.skipUnless(hasattr(time, "tzset"), "no tzset")
+    def test_times_are_local_on_a_terminal_and_utc_elsewhere(self):
+        with patched(nexus.os, "environ", os.environ):
+            before = os.environ.get("TZ")
+            os.environ["TZ"] = "XYZ-3:30"
+            time.tzset()
+            try:
+                terminal, pipe, when = Stream(tty=True), Stream(), "2026-12-31T22:00:00.123Z"
+                self.assertEqual(nexus.local(terminal, when), "2027-01-01 01:30:00")
+                self.assertEqual(nexus.local(pipe, when), "2026-12-31 22:00:00")
+                self.assertEqual(nexus.zone(terminal) + nexus.zone(pipe), ", times in XYZ")
+                for odd in ("soon", "2026-13-31T22:00:00.123Z", None, 7):
+                    self.assertEqual(nexus.local(terminal, odd), odd and str(odd)[:19].replace(
+                        "T", " "))
+                self.s.client().messages.send("clock", "x\x1b[2J")
+                ran = self.cli("tx", "inbox", "clock", tty=True)
+                self.assertRegex(ran.out, r"^\x1b\[2m\[\d+\] \S+ \S+\x1b\[0m api: x\\x1b\[2J\n\n"
+                                          r"\x1b\[2m1 message\(s\), times in XYZ\x1b\[0m\n$")
+                plain = self.cli("tx", "inbox", "clock", tty=True, NO_COLOR="1").out
+                piped = self.text("inbox", "clock")
+                self.assertNotIn(plain.split()[2], piped)
+                self.assertEqual(len(plain), len(piped) + len(", times in XYZ"))
+                sid = self.opened()
+                self.assertRegex(self.cli("renew", sid).err, r"Lives until \S+ \S+\.\n$")
+            finally:
+                os.environ.pop("TZ")
+                os.environ.update({"TZ": before} if before else {})
+                time.tzset()
+
+    def test_channels_are_a_table_with_a_way_to_the_next(self):
+        own = self.server()
+        self.assertEqual(self.text("channels", url=own.url), "No channels\n")
+        messages = own.client().messages
+        for name, count in (("jobs", 3), ("jobs/2", 1), ("news\n", 2)):
+            for number in range(count):
+                messages.send(name, "x")
+        messages.lease("jobs", "w")
+        shown = self.text("channels", url=own.url).split("\n")
+        self.assertRegex(shown[0], r"^CHANNEL  PENDING  LEASED  DEAD  OLDEST PENDING +LAST$")
+        self.assertRegex(shown[1], r"^jobs           3       1     0  \S+ \S+  \S+ \S+$")
+        self.assertRegex(shown[3], r"^news\u21b5          2       0     0  ")
+        self.assertEqual(shown[4:], ["", "3 channel(s)", ""])
+        rows = self.ok("tx", "channels", "--json", "--prefix", "jobs", url=own.url)
+        self.assertEqual([(row["channel"], row["pending"]) for row in rows],
+                         [("jobs", 3), ("jobs/2", 1)])
+        last = self.text("channels", "--limit", 1, "--prefix", "j", url=own.url).split("\n")[-2]
+        self.assertEqual(last, "1 channel(s); more: tx channels --after jobs --limit 1 --prefix j")
+        words = last.partition(": tx ")[2].split()
+        self.assertIn("\njobs/2 ", self.text(*words, url=own.url))
+
+    def test_several_are_acknowledged_at_once_and_each_is_told(self):
+        ids = [self.s.client().messages.send("several", "x")["id"] for _ in range(5)]
+        self.assertEqual(self.text("ack", *ids[:2]), "".join(
+            "Message %d acknowledged\n" % each for each in ids[:2]))
+        ran = self.cli("tx", "ack", ids[1], ids[2], 999999)
+        self.assertEqual((ran.code, ran.out), (1, "Message %d acknowledged\n" % ids[2]))
+        self.assertIn("Error: Message already acked: %d\nError: Message not found: 999999\n"
+                      % ids[1], ran.err)
+        ran = self.cli("tx", "ack", ids[2], ids[3], "--json")
+        self.assertEqual((ran.code, [(row["id"], row["ok"]) for row in ran.json]),
+                         (1, [(ids[2], False), (ids[3], True)]))
+        self.assertEqual(ran.json[0]["error"], "message_already_acked")
+        ran = self.cli("tx", "ack", ids[4], ids[3], "--lease-token", "t")
+        self.assertEqual((ran.code, self.s.client().messages.pending("several")), (2, 1))
+        self.assertEqual(self.cli("tx", "ack", ids[4], "--odd").code, 2)
+
+
+class TwoPeople(CliCase):
+    """--home, NEXUS_HOME."""
+
+    def test_one_machine_can_be_two_people(self):
+        ada, bob = (os.path.join(self.home, name) for name in ("ada", "b o b"))
+        sid = self.ok("create", "--creator-agent-id", "ada", "--home", ada)["sessionId"]
+        code = self.ok("--home", ada, "pair", sid)["code"]
+        self.ok("claim", code, "--agent-id", "bob", NEXUS_HOME=bob)
+        self.ok("send", sid, "hi", NEXUS_HOME=ada)
+        row, = self.ok("poll", sid, "--home", bob, NEXUS_HOME=ada)["messages"]  # the flag wins
+        self.assertEqual((row["agentId"], row["verified"]), ("ada", True))
+        self.assertEqual(self.ok("config", "show", NEXUS_HOME=bob)["configPath"],
+                         os.path.join(bob, "config.json"))
+        self.assertEqual(sorted(os.listdir(self.home)), ["ada", "b o b"])
+        self.assertEqual([os.listdir(os.path.join(home, "sessions")) for home in (ada, bob)],
+                         [[sid], [sid]])
+        if os.name == "posix":
+            self.assertEqual([os.stat(home).st_mode & 0o777 for home in (ada, bob)], [0o700] * 2)
+        self.ok("create", "--creator-agent-id", "x", NEXUS_HOME="")     # empty: as if it were not
+        self.assertIn(".config", os.listdir(self.home))
+        with patched(nexus.os, "environ", dict(os.environ, NEXUS_HOME="rel", HOME=self.home)):
+            self.assertEqual(nexus.State().root, os.path.abspath("rel"))
+        with patched(nexus.os, "environ", dict(os.environ, NEXUS_HOME="~/x", HOME=self.home,
+                                               USERPROFILE=self.home)):
+            self.assertEqual(nexus.State().root, os.path.join(self.home, "x"))
+
+
+class Launcher(CliCase):
+    """install, uninstall."""
+
+    def setUp(self):
+        super().setUp()
+        self.copy = os.path.join(self.home, "it's \"nexus\" $HOME %d \u2603", "nexus.py") \
+            if os.name == "posix" else os.path.join(self.home, "nexus", "nexus.py")
+        os.mkdir(os.path.dirname(self.copy))
+        shutil.copy(NEXUS, self.copy)
+        self.bin = os.path.join(self.home, ".local", "bin")
+        self.path = os.path.join(self.bin, "nexus" if os.name == "posix" else "nexus.cmd")
+
+    def install(self, *words, code=0, **environ):
+        """Run `install` of the copy: its JSON."""
+        ran = subprocess.run([sys.executable, self.copy, *words], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, env=clean_environment(self.home, **environ))
+        self.assertEqual(ran.returncode, code, ran)
+        self.told = ran.stderr.decode()
+        return json.loads(ran.stdout.decode())
+
+    def launch(self, *words, **environ):
+        """Run the launcher: its JSON."""
+        ran = subprocess.run([self.path, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             cwd=self.home, env=clean_environment(self.home, **environ))
+        self.assertEqual((ran.returncode, ran.stderr), (0, b""))
+        return json.loads(ran.stdout.decode())
+
+    def test_it_starts_what_is_compiled_and_notices_a_change(self):
+        found = self.install("install")
+        self.assertEqual(found, {"ok": True, "launcher": self.path, "runs": self.copy,
+                                 "python": sys.executable, "compiled": found["compiled"]})
+        self.assertEqual(os.path.dirname(found["compiled"]),
+                         os.path.join(os.path.dirname(self.copy), "__pycache__"))
+        self.assertIn(self.bin + " is not on PATH", self.told)
+        for name in ("json.py", "nexus.py"):            # nothing is imported from where it is run
+            with open(os.path.join(self.home, name), "w") as file:
+                file.write("raise SystemExit('imported')")
+        when = os.stat(found["compiled"]).st_mtime_ns
+        self.assertEqual(self.launch("--version", PYTHONPATH=self.home), {"version": nexus.VERSION})
+        self.assertEqual(os.stat(found["compiled"]).st_mtime_ns, when)      # it was good as it was
+        with open(self.copy, "a") as file:
+            file.write("\n")
+        with open(self.copy, encoding="utf-8") as file:
+            text = file.read().replace('VERSION = "%s"' % nexus.VERSION, 'VERSION = "9.9"')
+        with open(self.copy, "w", encoding="utf-8") as file:
+            file.write(text)
+        self.assertEqual(self.launch("--version"), {"version": "9.9"})
+        self.assertNotEqual(os.stat(found["compiled"]).st_mtime_ns, when)
+
+    def test_it_overwrites_and_removes_its_own_only(self):
+        self.install("install", PATH=self.bin + os.pathsep + os.environ["PATH"])
+        self.assertNotIn("PATH", self.told)
+        self.install("install")                         # our own is replaced
+        self.assertEqual(os.listdir(self.bin), [os.path.basename(self.path)])
+        self.assertEqual(self.install("uninstall"), {"ok": True, "removed": self.path})
+        self.assertEqual(os.listdir(self.bin), [])
+        self.assertEqual(self.install("uninstall", code=1)["error"], "no_launcher")
+        with open(self.path, "w") as file:
+            file.write("mine")
+        for verb in ("install", "uninstall"):
+            self.assertEqual(self.install(verb, code=1)["error"], "file_exists")
+        with open(self.path) as file:
+            self.assertEqual(file.read(), "mine")
+        if os.name == "posix":
+            other = os.path.join(self.home, "other bin")
+            self.path = self.install("install", "--bin", other)["launcher"]
+            self.assertEqual(self.launch("--version"), {"version": nexus.VERSION})
+            self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o755)
+            os.rename(self.path, self.path + "2")
+            os.symlink(self.path + "2", self.path)
+            self.assertEqual(self.install("install", "--bin", other, code=1)["error"],
+                             "file_exists")
+            self.assertEqual(self.install("install", "--bin", self.copy, code=1)["error"],
+                             "cannot_install")
+
+    def test_where_nothing_can_be_written_compiled_files_go_to_our_own_folder(self):
+        with patched(nexus, "__file__", self.copy), patched(sys, "pycache_prefix", None), \
+                patched(nexus.os, "access", lambda *_: False):
+            found = self.ok("install")
+            self.assertTrue(found["compiled"].startswith(
+                os.path.join(self.home, ".config", "messaging", "compiled")), found)
+            self.assertEqual(self.launch("--version"), {"version": nexus.VERSION})
+            self.assertEqual(os.listdir(os.path.dirname(self.copy)), ["nexus.py"])
+            odd = os.path.join(self.home, "my-nexus.py")
+            os.rename(self.copy, odd)
+            with patched(nexus, "__file__", odd):
+                self.assertIn("my-nexus.py is no name", self.no("cannot_install", "install").err)
+
+    def test_the_one_for_windows_quotes_what_cmd_would_take(self):
+        with patched(nexus.os, "name", "nt"), patched(sys, "executable", "C:\\50% x\\python.exe"):
+            text = nexus.launcher_text("C:\\it's 100% \u2603", "nexus", None)
+        first, second, last = text.split("\r\n")
+        self.assertEqual((first, last), ("@rem " + nexus.LAUNCHER_MARK, ""))
+        code = re.fullmatch(r'@"C:\\50%% x\\python\.exe" -IS -c "([^"]*)" %\*', second)[1]
+        found = []
+        names = {"sys": argparse.Namespace(path=found, exit=lambda code: None)}
+        exec(code.replace("%%", "%").replace("import sys; ", "").replace(
+            "import nexus; sys.exit(nexus.main())", ""), names)
+        self.assertEqual((found, names["sys"].pycache_prefix), (["C:\\it's 100% \u2603"], None))
+
+
+class Completion(CliCase):
+    """completion bash|zsh|fish."""
+
+    def script(self, shell):
+        """The file with a shell's script."""
+        ran = self.cli("completion", shell)
+        self.assertEqual((ran.code, ran.err), (0, ""))
+        path = os.path.join(self.home, shell)
+        with open(path, "w") as file:
+            file.write(ran.out)
+        return path
+
+    def run_in(self, *command, input=""):
+        """What a program of somebody else prints."""
+        done = subprocess.run(command, input=input.encode(), stdout=subprocess.PIPE, timeout=60,
+                              stderr=subprocess.STDOUT, env=clean_environment(self.home))
+        self.assertEqual(done.returncode, 0, done.stdout.decode())
+        return done.stdout.decode()
+
+    def alias(self):
+        """A session called review-2, and one with a name that no shell should see."""
+        sid = self.opened("--alias", "review-2")
+        self.ok("alias", sid, "$(touch evil)")
+
+    @unittest.skipUnless(BASH, "bash is missing")
+    def test_bash_offers_what_the_table_has(self):
+        self.alias()
+        path = self.script("bash")
+        self.run_in(BASH, "-n", path)
+        if shutil.which("shellcheck"):
+            self.assertEqual(self.run_in("shellcheck", "-s", "bash", path), "")
+        asked = [("", ""), ("", "po"), ("tx", "in"), ("tx", ""), ("tx ack", ""), ("send", "rev"),
+                 ("tx outbox", ""), ("--home x tx send builds", "--l"), ("send review-2", "--"),
+                 ("help", ""), ("poll", "$"), ("tx send status", "--"), ("frobnicate", "")]
+        asked += [(name, "") for name in nexus.VERBS]
+        lines = "".join('COMP_WORDS=(nexus %s "%s"); COMP_CWORD=%d; _nexus;'
+                        ' echo "${COMPREPLY[*]}"\n' % (
+                            before, typed.replace("$", "\\$"), len(before.split()) + 1)
+                        for before, typed in asked)
+        found = self.run_in(BASH, "-uec", 'source "$0"; ' + lines, path).split("\n")
+        self.assertEqual(len(found), len(asked) + 1)
+        for (before, typed), line in zip(asked, found):
+            verb = {"--home x tx send builds": "tx send", "send review-2": "send", "frobnicate": "",
+                    "tx send status": "tx send"}.get(before, before)
+            wanted = [word.replace("$aliases", "review-2") for word in nexus.next_words(verb)]
+            self.assertEqual(line.split(), [word for word in wanted if word.startswith(typed)],
+                             (before, typed))
+        self.assertIn("tx serve"[3:], found[0].split())
+        self.assertEqual(found[1].split(), ["poll", "poll-all", "poll-daemon", "poll-status"])
+        self.assertEqual(found[2], "inbox")
+        self.assertEqual(found[5], "review-2")
+        self.assertNotIn("evil", os.listdir(self.home))
+
+    def test_zsh_and_fish_understand_theirs(self):
+        self.alias()
+        zsh, fish = self.script("zsh"), self.script("fish")
+        if shutil.which("zsh"):                 # as bashcompinit calls it, once compinit has run
+            self.run_in("zsh", "-n", zsh)
+            for words, wanted in (("tx in", "inbox"), ("send rev", "review-2"),
+                                  ("tx ack --lease", "--lease-token")):
+                found = self.run_in(
+                    "zsh", "-f", "-c", "complete() :; compinit() :; bashcompinit() :; autoload() :;"
+                    " source $0; emulate sh -c 'COMP_WORDS=(nexus %s); COMP_CWORD=%d; _nexus;"
+                    " echo ${COMPREPLY[*]}'" % (words, len(words.split())), zsh)
+                self.assertEqual(found.split(), [wanted])
+        if shutil.which("fish"):
+            self.run_in("fish", "-n", fish)
+            for line, wanted in (("nexus tx in", ["inbox"]), ("nexus send rev", ["review-2"]),
+                                 ("nexus tx ack ", ["all"]), ("nexus tx ack --lease", [
+                                     "--lease-token"]), ("nexus --home x unal", ["unalias"])):
+                found = self.run_in("fish", "--no-config", "-c",
+                                    'source "%s"; complete -C "%s"' % (fish, line))
+                self.assertEqual([each for each in found.split() if each in wanted or
+                                  not each.startswith("-")], wanted, line)
+        self.assertIn("bash, zsh, fish", self.no("usage", "completion", "tcsh", code=2).err)
+
+
+class ChosenTools(CliCase):
+    """mcp --tools."""
+
+    def test_only_the_chosen_are_listed_and_called(self):
+        for chosen, prefixes in (("tx", ["tx"]), ("nexus", ["nexus"]), ("all", ["nexus", "tx"]),
+                                 (None, ["nexus", "tx"])):
+            lines = "".join(json.dumps(dict(PING, id=number, method=method, params=params)) + "\n"
+                            for number, (method, params) in enumerate([
+                                ("tools/list", {}), ("tools/call", {
+                                    "name": "nexus_sessions", "arguments": {}}), ("tools/call", {
+                                        "name": "tx_channels", "arguments": {}})]))
+            ran = run_nexus(self.home, "mcp", *["--tools", chosen] * bool(chosen), input=lines,
+                            url=self.s.url)
+            self.assertEqual(ran.code, 0, ran)
+            rows = {row["id"]: row for row in map(json.loads, ran.out.splitlines())}
+            names = [tool["name"] for tool in rows[0]["result"]["tools"]]
+            self.assertEqual(sorted({name.partition("_")[0] for name in names}), prefixes)
+            self.assertEqual(["result" in rows[1], "result" in rows[2]],
+                             ["nexus" in prefixes, "tx" in prefixes])
+            for number in (1, 2):
+                self.assertEqual(rows[number].get("error", {"code": -32602})["code"], -32602)
+        self.assertIn("nexus, tx or all", self.no("usage", "mcp", "--tools", "x", code=2).err)
 
 
 # ----------------------------------------------------------------------------------------
@@ -6698,6 +8001,27 @@ class ReadmeTellsTheTruth(Case):
             if row.default not in (None, False):
                 value = r"(?<![\w.])%s(?![\w.])" % re.escape(str(row.default))
                 self.assertRegex("\n".join(found), value)
+
+    @unittest.skipUnless(BASH, "bash is missing")
+    def test_its_hook_hands_the_news_to_the_model_once(self):
+        hook, = [json.loads(text) for text in re.findall(r"(?ms)^```json\n(.*?)^```", self.text)
+                 if "hooks" in text]
+        command = hook["hooks"]["Stop"][0]["hooks"][0]["command"]
+        server, home = self.server(), self.folder()
+        sid = run_nexus(home, "create", "--creator-agent-id", "ada", "--alias", "review",
+                        url=server.url).json["sessionId"]
+        server.call("POST", "/v1/sessions/%s/join" % sid, agent="bob")
+        for run, text, code in (("r1", "", 0), ("r1", "one", 2), ("r1", "", 0), ("r2", "", 2),
+                                ("r1", "two", 2)):
+            if text:
+                server.send(sid, "bob", text)
+            done = subprocess.run(
+                [BASH, "-c", PYTHON3 + IN_BASH + command.replace("/path/to/", "")], cwd=home,
+                input=b'{"session_id": "%s", "hook_event_name":"Stop"}' % run.encode(),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+                env=clean_environment(home, PYTHON=sys.executable))
+            self.assertEqual((done.returncode, done.stdout), (code, b""), done.stderr)
+            self.assertEqual(b"review: " in done.stderr, code == 2, done.stderr)
 
     @unittest.skipUnless(BASH and shutil.which("curl"), "bash or curl is missing")
     def test_its_commands_run(self):
@@ -8087,6 +9411,9 @@ ROWS = [
     Row("held", "{parked:,} long polls held and woken", ">=", 1.0, "of all"),
     Row("parked", "sends with {parked:,} polls parked", ">=", 0.7, "x without"),
     Row("parked-rss", "memory with {parked:,} polls parked", "<=", 600, "MiB"),
+    Row("batch", "messages in batches of 100, 4 connections", ">=", 4.0, "x single, 16"),
+    Row("kept", "counts by a client that keeps its connection", ">=", 2.0, "x anew"),
+    Row("launcher", "`send` by the launcher less a bare Python -S", "<=", 0.6, "x bash"),
     Row("cli-send", "process of `send` less a bare Python's", "<=", 1.0, "x bash"),
     Row("cli-tx", "process of `tx send` less a bare Python's", "<=", 1.0, "x bash"),
     Row("idle", "memory of an idle server", "<=", 30, "MiB"),
@@ -8437,12 +9764,15 @@ class BenchRun:
         self.busy = max(self.busy, load.busy)
         return load
 
-    def compare(self, name, base, ours):
-        """Record a throughput row; `base` and `ours` are (port, lanes), measured by turns."""
+    def compare(self, name, base, ours, many=1):
+        """Record a throughput row; `base` and `ours` are (port, lanes), measured by turns.
+
+        Each request of ours counts as `many`.
+        """
         pairs = []
         for number in range(self.sizes.rounds):
-            pairs.append([rate_of(self.load(*side, seconds=self.sizes.seconds + WARM_UP))
-                          for side in (ours, base)])
+            pairs.append([times * rate_of(self.load(*side, seconds=self.sizes.seconds + WARM_UP))
+                          for side, times in ((ours, many), (base, 1))])
             tell("  %-8s round %d: %6.0f/s, base %6.0f/s" % (name, number + 1, *pairs[-1]))
         self.record_pairs(name, pairs, "{:,.0f}/s, base {:,.0f}/s")
 
@@ -8531,6 +9861,39 @@ def stage_throughput(run):
         if len(wire.call("GET", path)["messages"]) != 10:
             raise RuntimeError("the inbox did not give 10 messages")
         run.compare("inbox", floor, (server.port, [[bench_request("GET", path)]] * LANES))
+
+
+def stage_batch(run):
+    """Messages a second, many in a request against one in each."""
+    server, count = run.keep(BenchServer(run.folder, "batch")), 100
+    batches = [[bench_request("POST", "/api/messages/batch", {"messages": [
+        {"channel": "many", "content": prose(number + each)} for each in range(count)]})
+        for number in range(VARIANTS)] for lane in range(4)]
+    run.compare("batch", (server.port, channel_lanes("single", LANES)), (server.port, batches),
+                count)
+
+
+def stage_kept(run):
+    """Requests a second of nexus.Client, in this process, with its connection kept and without.
+
+    Requests that wait for no disk, which would be most of the time of both.
+    """
+    server, pairs = run.keep(BenchServer(run.folder, "kept")), []
+    for number in range(run.sizes.rounds):
+        rates = []
+        for keep in (True, False):
+            client, count = nexus.Client(server.url), 0
+            begin = time.perf_counter()
+            while time.perf_counter() < begin + run.sizes.seconds:
+                client.messages.pending("kept")
+                count += 1
+                if not keep:
+                    client.close()
+            rates.append(count / (time.perf_counter() - begin))
+            client.close()
+        pairs.append(rates)
+        tell("  %-8s round %d: %6.0f/s, anew %6.0f/s" % ("kept", number + 1, *rates))
+    run.record_pairs("kept", pairs, "{:,.0f}/s, anew {:,.0f}/s")
 
 
 def microseconds(sender, text, receiver, pause=0.0):
@@ -8712,7 +10075,13 @@ def stage_command_line(run):
     (config / "aliases.json").write_text("{}\n")
     for name, value in zip(("agent", "key", "cursor", "server"), (agent, key, "0", server.url)):
         (config / "sessions" / session / name).write_text(value + "\n")
+    copy = shutil.copy(NEXUS, run.folder)
+    launcher = json.loads(subprocess.run(
+        [sys.executable, copy, "install", "--bin", os.path.join(run.folder, "bin")], check=True,
+        stdout=subprocess.PIPE, env=bench_environment(run.folder)).stdout.decode())["launcher"]
     commands = {"python": [sys.executable, "-c", "pass"],
+                "python -S": [sys.executable, "-S", "-c", "pass"],
+                "launcher": [launcher, "send", session, prose(1)],
                 "cli-send": [sys.executable, NEXUS, "send", session, prose(1)],
                 "cli-tx": [sys.executable, NEXUS, "tx", "send", "builds", prose(1)],
                 "bash": ["bash", "-c", BASH_SEND, "send", session, prose(1)]}
@@ -8723,7 +10092,9 @@ def stage_command_line(run):
     for name in list(commands) * (STARTS + 1):
         times[name].append(process_seconds(commands[name], run.folder, server.url) * 1e3)
     bare = statistics.median(times["python"])
-    for name in ("cli-send", "cli-tx"):
+    for name in ("cli-send", "cli-tx", "launcher"):
+        if name == "launcher":
+            bare = statistics.median(times["python -S"])
         own = [each - bare for each in times[name][1:]]  # the first one warmed the disk's cache
         if missing:
             run.skip(name, "no %s; ours takes %.1f ms" % (missing[0], statistics.median(own)))
@@ -8745,7 +10116,9 @@ STAGES = [
     (stage_idle, ("idle",)),
     (stage_throughput, ("send", "session", "inbox")),
     (stage_wake, ("wake",)),
-    (stage_command_line, ("cli-send", "cli-tx")),
+    (stage_batch, ("batch",)),
+    (stage_kept, ("kept",)),
+    (stage_command_line, ("cli-send", "cli-tx", "launcher")),
     (stage_million, ("million", "growth", "stored", "expiry")),
     (stage_parked, ("held", "parked-rss", "parked")),
 ]
