@@ -4061,6 +4061,8 @@ def field_schema(field, settings=None, brief=False):
         schema["items"] = object_schema(field.items, settings)
     if brief:
         return schema
+    if kind == "boolean" and field.source == "query":
+        schema["type"] = ["boolean", "string"]      # whatever is not "true" is no
     high = getattr(settings, field.high) if isinstance(field.high, str) else field.high
     words = {"string": ("minLength", "maxLength"), "array": ("minItems", "maxItems")}.get(
         field.kind, ("minimum", "maximum"))
@@ -7828,21 +7830,26 @@ def launcher_of(args):
     return path
 
 
-def launcher_text(folder, module, cache):
-    """A launcher that imports this file from `folder`; compiled it is kept in `cache`, or there.
+def launcher_text(source, cache):
+    """A launcher that imports the file `source`; compiled it is kept in `cache`, None: beside it.
 
     -S, no look at site-packages, halves the time; -I, nothing from the environment or the current
     folder, costs none, nor does the shell.
     """
+    folder, module = os.path.split(source[:-len(".py")])
     # As Python text in single quotes, whatever is in it: double ones are cmd's.
-    folder, cache = (path and ascii(path + '"')[:-2] + "'" for path in (folder, cache))
     code = "import sys; sys.pycache_prefix = {0}; sys.path.append({1}); import {2};" \
-        " sys.exit({2}.main())".format(cache, folder, module)
+        " sys.exit({2}.main())".format(*(path and ascii(path + '"')[:-2] + "'"
+                                         for path in (cache, folder)), module)
     if os.name == "nt":
         return '@rem {}\r\n@"{}" -IS -c "{}" %*\r\n'.format(LAUNCHER_MARK, *(
             text.replace("%", "%%") for text in (sys.executable, code)))
-    return '#!/bin/sh\n# %s\nexec %s -IS -c %s "$@"\n' % (
-        LAUNCHER_MARK, shlex.quote(sys.executable), shlex.quote(code))
+    return """#!/bin/sh
+# {}
+[ -f {} ] || {{ echo {} >&2; exit 1; }}
+exec {} -IS -c {} "$@"
+""".format(LAUNCHER_MARK, *map(shlex.quote, (source, source + " is gone: install it again",
+                                             sys.executable, code)))
 
 
 def verb_install(args):
@@ -7857,7 +7864,7 @@ def verb_install(args):
             raise OSError("%s is no name that Python can import" % name)
         os.makedirs(home, exist_ok=True)
         with os.fdopen(create_private(draft), "wb") as file:
-            file.write(os.fsencode(launcher_text(folder, name[:-3], cache)))
+            file.write(os.fsencode(launcher_text(source, cache)))
         os.chmod(draft, 0o755)
         os.replace(draft, path)
         compiled = py_compile.compile(source)
@@ -8195,7 +8202,7 @@ FLAGS = {       # kind: bool is a switch, others read a value
     "--home": Flag(str, "folder to use instead of ~/.config/messaging (NEXUS_HOME)"),
     "--bin": Flag(str, "folder of the launcher (default: ~/.local/bin)"),
     "--tools": Flag(str, "which are there: nexus, tx or all (the default)"),
-    "--ttl": Flag(duration, "time to live"),
+    "--ttl": Flag(duration, "time to live: seconds, or such as 30m, 2h, 1h30m"),
     "--max-agents": Flag(int, "most agents in the session"),
     "--greeting": Flag(str, "first message, from system"),
     "--alias": Flag(str, "short name for the session on this machine"),
@@ -8394,8 +8401,8 @@ def explain(name=""):
         raise Usage("there is no verb %s" % name)
     print("nexus %s: messages between AI agents, server and client in one file.\n\n"
           "usage: nexus.py VERB [arguments] [flags]; every VERB explains itself with --help\n\n"
-          "%s\n\nstdout is JSON (but help, tx, news, skill, demo, selftest); exit 0 done, 1"
-          " refused, 2 wrong usage." % (VERSION, "\n".join(lines)))
+          "%s\n\nstdout is JSON (but help, tx, news, skill, completion, demo, selftest); exit 0"
+          " done, 1 refused, 2 wrong usage." % (VERSION, "\n".join(lines)))
 
 
 def verb_help(args):
