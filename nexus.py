@@ -138,7 +138,7 @@ LONG_BODY = 16384               # bytes of a body from which on only one at a ti
 LOG_LINES = 10000               # lines that wait for a log that is read slowly: about 1 MiB
 SWEEP_SECONDS = 1.0             # pause between two expiry runs
 STEP_SECONDS = 0.0005           # work on many rows is split into commits, and senders wait for one:
-LONGEST_STEP = 0.005            # its rows get as long as its syncing, between these two
+LONGEST_STEP = 0.002            # its rows get as long as its syncing, between these two
 STEP_ROWS = 20000               # rows looked up for such work at a time: about 2 MiB
 GROUP = 32                      # rows changed between two looks at the clock: 0.2 ms
 WAL_BYTES = 16 * 1024 * 1024    # the write-ahead log is emptied once it is longer than this
@@ -1218,23 +1218,21 @@ ALTER TABLE messages ADD COLUMN lease_token TEXT;                     -- of the 
 ALTER TABLE messages ADD COLUMN leased_by TEXT;
 ALTER TABLE messages ADD COLUMN free_at INTEGER NOT NULL DEFAULT 0;   -- end of lease or delay
 """, """
-CREATE TABLE channels (                      -- counters, so that nobody counts messages; they
-    name        TEXT PRIMARY KEY,            -- change in the commits that change the messages
+CREATE TABLE channels (     -- counters, changed in the commits that change what they count
+    name        TEXT PRIMARY KEY,
     messages    INTEGER NOT NULL DEFAULT 0,
-    size        INTEGER NOT NULL DEFAULT 0,  -- characters in them
-    pending     INTEGER NOT NULL DEFAULT 0,  -- not acked; of these
-    leased      INTEGER NOT NULL DEFAULT 0,  -- with a lease token
-    dead        INTEGER NOT NULL DEFAULT 0,  -- with free_at = DEAD
+    size        INTEGER NOT NULL DEFAULT 0,
+    pending     INTEGER NOT NULL DEFAULT 0,  -- of these messages; and of the pending ones
+    leased      INTEGER NOT NULL DEFAULT 0,  -- have a lease token
+    dead        INTEGER NOT NULL DEFAULT 0,  -- have free_at = DEAD
     frontier    INTEGER NOT NULL DEFAULT 0)  -- up to this id all were leased once, or are over
     WITHOUT ROWID;
-INSERT INTO channels SELECT channel, COUNT(*), SUM(size), SUM(acked_at IS NULL),
-    SUM(acked_at IS NULL AND lease_token IS NOT NULL), 0,
-    MAX(CASE WHEN free_at > 0 THEN id ELSE 0 END) FROM messages GROUP BY channel;
+INSERT INTO channels SELECT channel, COUNT(*), SUM(size), SUM(acked_at IS NULL), COUNT(lease_token),
+    0, MAX(CASE WHEN free_at > 0 THEN id ELSE 0 END) FROM messages GROUP BY channel;
 INSERT INTO counters VALUES ('max_attempts', 0);
--- What was never leased, as most is not, has no entry in these two. leased_by stays for them.
-UPDATE messages SET leased_by = COALESCE(leased_by, '') WHERE free_at > 0;
+UPDATE messages SET leased_by = COALESCE(leased_by, '') WHERE free_at > 0;   -- from now on it stays
 CREATE INDEX messages_leased ON messages (channel, free_at, id)
-    WHERE leased_by IS NOT NULL AND acked_at IS NULL;
+    WHERE leased_by IS NOT NULL AND acked_at IS NULL;       -- most never are: no entry, no cost
 CREATE INDEX messages_by_free ON messages (free_at)
     WHERE leased_by IS NOT NULL AND acked_at IS NULL;
 UPDATE sessions SET messages = (SELECT COUNT(*) FROM session_messages
@@ -2311,10 +2309,9 @@ class Sessions:
         return any(self._ends_at(*row) > now for row in rows)
 
     def figures(self):
-        """Counts for /v1/stats: (sessions, agents, messages, when the oldest was sent).
+        """(sessions, agents, messages, when the oldest was sent), from a look at each session.
 
-        Costs a look at each session, none at a message, but for those that are over and not yet
-        deleted: these are counted and taken off.
+        Messages are counted only if they are over and not yet deleted.
         """
         now = self.clock.now()
         return self.db.read("""
@@ -2348,40 +2345,35 @@ class Sessions:
             if self.active_at.get(key[0]) == at:
                 self.active_at.pop(key[0], None)
 
-    def remove_idle(self):
-        """Remove agents that were silent for --agent-inactivity seconds, creators excepted."""
-        if not self.settings.agent_inactivity:
-            return 0
-        limit = self.clock.now() - self.settings.agent_inactivity * 1000
-
-        def remove(db, agents):     # they are keys of seen_at, too: what is noted there came later
-            return db.executemany(
-                "DELETE FROM agents WHERE session = ? AND agent_id = ? AND last_seen <= ?",
-                [key + (limit,) for key in agents if self.seen_at.get(key, 0) <= limit]).rowcount
-        return sum(self.db.in_steps(self.db.read(
-            "SELECT session, agent_id FROM agents WHERE last_seen <= ? AND NOT EXISTS (SELECT 1"
-            " FROM sessions s WHERE s.num = agents.session AND s.creator = agents.agent_id)",
-            (limit,)), remove))
-
     def sweep(self):
         """Delete what is over, in steps; yields how many rows each commit took."""
         now = self.clock.now()
+        self.write_activity()           # from here on the tables know what was over by `now`
         yield from self.db.work_off("SELECT place FROM session_messages WHERE expires_at <= ?"
                                     " ORDER BY place + 0", (now,), self._remove_messages)
-        rows = self.db.read("SELECT num, ttl FROM sessions WHERE expires_at <= ?", (now,))
-        ended = {num for num, ttl in rows       # but for those where somebody polled a moment ago
-                 if self.active_at.get(num, 0) + ttl * 1000 <= now}
-        if ended:
-            yield from self.db.work_off(
-                "SELECT m.place FROM sessions s JOIN session_messages m ON m.place BETWEEN s.num *"
-                " 4294967296 AND s.num * 4294967296 + 4294967295 WHERE s.expires_at <= ?", (now,),
-                lambda db, places: self._remove_messages(
-                    db, [place for place in places if place >> 32 in ended]))
-            yield from self.db.in_steps(list(ended), self._remove_sessions)
+        yield from self.db.work_off(
+            "SELECT m.place FROM sessions s JOIN session_messages m ON m.place BETWEEN s.num *"
+            " 4294967296 AND s.num * 4294967296 + 4294967295 WHERE s.expires_at <= ?", (now,),
+            self._remove_messages)
+        yield from self.db.work_off("SELECT num FROM sessions WHERE expires_at <= ?", (now,),
+                                    self._remove_sessions)
         yield from self.db.work_off(    # until then dead codes are told from unknown ones
             "SELECT code_hash FROM codes WHERE expires_at <= ?",
             (now - CODE_MEMORY_SECONDS * 1000,), lambda db, codes: db.execute(
                 "DELETE FROM codes WHERE " + any_of("code_hash", codes), codes).rowcount)
+        if self.settings.agent_inactivity:
+            yield from self._remove_idle(now - self.settings.agent_inactivity * 1000)
+
+    def _remove_idle(self, limit):
+        """Remove agents that were silent since then, creators excepted."""
+        def remove(db, agents):     # they are keys of seen_at, too: what is noted there came later
+            return db.executemany(
+                "DELETE FROM agents WHERE session = ? AND agent_id = ? AND last_seen <= ?",
+                [key + (limit,) for key in agents if self.seen_at.get(key, 0) <= limit]).rowcount
+        return self.db.in_steps(self.db.read(
+            "SELECT session, agent_id FROM agents WHERE last_seen <= ? AND NOT EXISTS (SELECT 1"
+            " FROM sessions s WHERE s.num = agents.session AND s.creator = agents.agent_id)",
+            (limit,)), remove)
 
     def _remove_messages(self, db, places):
         rows = db.execute("SELECT size, place >> 32 FROM session_messages WHERE "
@@ -2423,6 +2415,13 @@ RUN_OUT = LEASED + " AND free_at > 1 AND free_at <= ?"
 COUNTS = ("SELECT channel, COUNT(*), SUM(size), COUNT(CASE WHEN acked_at IS NULL THEN 1 END),"
           " COUNT(lease_token), COUNT(CASE WHEN acked_at IS NULL AND free_at = {} THEN 1 END)"
           " FROM messages WHERE %s GROUP BY channel").format(DEAD)
+# What the counters do not know yet, because only time has passed: what is over, and whose lease is.
+# These are counted, normally those of a second; {} is for a column to group by.
+EXPIRED = ("(SELECT {} COUNT(*) AS pending, COUNT(lease_token) AS leased, COUNT(CASE WHEN free_at ="
+           " %d THEN 1 END) AS dead FROM messages WHERE expires_at <= ? AND acked_at IS NULL {})"
+           ) % DEAD
+LEASES_OVER = ("(SELECT {} COUNT(lease_token) AS leased, COUNT(CASE WHEN attempts >= ? THEN 1 END)"
+               " AS dead FROM messages WHERE %s AND %s {})") % (RUN_OUT, LIVING)
 # What a worker may take, free again or fresh: neither walks over what is leased or dead.
 LEASABLE = ("SELECT {0} FROM messages WHERE channel = ? AND {1} AND free_at = ? AND {2} UNION ALL"
             " SELECT {0} FROM messages WHERE channel = ? AND id > (SELECT frontier FROM channels"
@@ -2712,11 +2711,7 @@ class Channels:
             " ORDER BY id" % LIVING, (channel, last, now), ack))
 
     def count(self, channel):
-        """How many messages are pending in a channel.
-
-        That is its counter less what is over and not yet deleted, which is counted: normally the
-        work of one second.
-        """
+        """How many messages are pending: the counter less what is over and not yet deleted."""
         rows = self.db.read(
             "SELECT pending - (SELECT COUNT(CASE WHEN channel = name THEN 1 END) FROM messages"
             " WHERE expires_at <= ? AND acked_at IS NULL) FROM channels WHERE name = ?",
@@ -2743,11 +2738,9 @@ class Channels:
         """A message as it goes on when nobody holds it: free, to be free after a delay, or dead."""
         if row.leased_by is None or row.lease_token and row.free_at > now:
             return row                  # never leased, or held
-        if row.attempts >= self.settings.max_attempts:
-            free_at = DEAD
-        else:
-            free_at = row.free_at if now < row.free_at < DEAD else FREE
-        return row._replace(lease_token=None, free_at=free_at)
+        free_at = row.free_at if now < row.free_at < DEAD else FREE
+        return row._replace(lease_token=None, free_at=DEAD if row.attempts
+                            >= self.settings.max_attempts else free_at)
 
     def _settle(self, db, ids):
         now, rows = self.clock.now(), db.execute(
@@ -2762,15 +2755,12 @@ class Channels:
 
     def _apply_max_attempts(self):
         """Who is dead depends on a setting: after a start with another one, decide again."""
-        def job(db):
-            ids = [key for key, in db.execute("SELECT id FROM messages WHERE " + LEASED)]
-            for at in range(0, len(ids), GROUP):
-                self._settle(db, ids[at:at + GROUP])
-            db.execute("UPDATE counters SET value = ? WHERE name = 'max_attempts'", (most,))
-
         most = self.settings.max_attempts
         if self.db.read("SELECT value FROM counters WHERE name = 'max_attempts'") != [(most,)]:
-            self.db.write(job)
+            rows = self.db.read("SELECT id FROM messages WHERE " + LEASED)
+            sum(self.db.in_steps([message_id for message_id, in rows], self._settle))
+            self.db.write(lambda db: db.execute(
+                "UPDATE counters SET value = ? WHERE name = 'max_attempts'", (most,)))
 
     def lease(self, channel, consumer, limit, seconds, wait, acks, caller):
         """Give out the oldest pending messages that nobody holds, each with a token.
@@ -2870,52 +2860,40 @@ class Channels:
     def list(self, prefix, after, limit):
         """(channels by name, more): each with its counts, oldest pending and last message."""
         now = self.clock.now()
+        # Grouped by the plain column, SQLite would walk through all that is pending, in its order.
+        group = "CAST(channel AS TEXT) AS place,", "GROUP BY 1"
         rows, more = self.db.read_page("""
-            WITH over AS (SELECT channel, COUNT(*) AS pending, COUNT(lease_token) AS leased,
-                            COUNT(CASE WHEN free_at = ? THEN 1 END) AS dead
-                          FROM messages WHERE expires_at <= ? AND acked_at IS NULL GROUP BY 1),
-              ran AS (SELECT channel, COUNT(lease_token) AS out,
-                        COUNT(CASE WHEN attempts >= ? THEN 1 END) AS died
-                      FROM messages WHERE {1} AND {0} GROUP BY 1)
-            SELECT name, c.pending - COALESCE(over.pending, 0),
-              c.leased - COALESCE(over.leased, 0) - COALESCE(ran.out, 0),
-              c.dead - COALESCE(over.dead, 0) + COALESCE(ran.died, 0),
-              (SELECT created_at FROM messages WHERE channel = name AND acked_at IS NULL AND {0}
+            SELECT name, c.pending - COALESCE(e.pending, 0),
+              c.leased - COALESCE(e.leased, 0) - COALESCE(o.leased, 0),
+              c.dead - COALESCE(e.dead, 0) + COALESCE(o.dead, 0),
+              (SELECT created_at FROM messages WHERE channel = name AND acked_at IS NULL AND {}
                ORDER BY id LIMIT 1),
               (SELECT MAX(created_at) FROM (SELECT * FROM (
                  SELECT created_at FROM messages WHERE channel = name AND acked_at IS NULL
                  ORDER BY id DESC LIMIT 1) UNION ALL SELECT * FROM (
                  SELECT created_at FROM messages WHERE channel = name AND acked_at IS NOT NULL
                  ORDER BY id DESC LIMIT 1)))
-            FROM channels c LEFT JOIN over ON over.channel = name LEFT JOIN ran
-              ON ran.channel = name
-            WHERE name > ? AND name >= ? AND name < ? ORDER BY name""".format(LIVING, RUN_OUT), (
-                DEAD, now, self.settings.max_attempts, now, now, now, after, prefix,
-                prefix + "\U0010ffff"), limit, lambda row: len(row[0]))
+            FROM channels c LEFT JOIN {} e ON e.place = name LEFT JOIN {} o ON o.place = name
+            WHERE name > ? AND name >= ? AND name < ? ORDER BY name""".format(
+                LIVING, EXPIRED.format(*group), LEASES_OVER.format(*group)), (
+                    now, now, self.settings.max_attempts, now, now, after, prefix,
+                    prefix + "\U0010ffff"), limit, lambda row: len(row[0]))
         return [{"channel": name, "pending": pending, "leased": leased, "dead": dead,
                  "oldestPendingAt": iso(oldest), "lastMessageAt": iso(last)}
                 for name, pending, leased, dead, oldest, last in rows], more
 
     def figures(self):
-        """Counts for /v1/stats: (pending, when the oldest of them was sent, leased, dead).
-
-        Costs a look at each channel, and at those messages only whose time or lease is over and
-        that are not yet deleted or settled.
-        """
+        """(pending, when the oldest was sent, leased, dead), from a look at each channel."""
         now = self.clock.now()
         return self.db.read("""
             SELECT c.pending - e.pending,
               (SELECT MIN((SELECT created_at FROM messages WHERE channel = name AND acked_at IS NULL
-                           AND {0} ORDER BY id LIMIT 1)) FROM channels WHERE pending > 0),
-              c.leased - e.leased - r.leased, c.dead - e.dead + r.dead
+                           AND {} ORDER BY id LIMIT 1)) FROM channels WHERE pending > 0),
+              c.leased - e.leased - o.leased, c.dead - e.dead + o.dead
             FROM (SELECT COALESCE(SUM(pending), 0) AS pending, COALESCE(SUM(leased), 0) AS leased,
-                  COALESCE(SUM(dead), 0) AS dead FROM channels) c,
-              (SELECT COUNT(*) AS pending, COUNT(lease_token) AS leased,
-                 COUNT(CASE WHEN free_at = ? THEN 1 END) AS dead
-               FROM messages WHERE expires_at <= ? AND acked_at IS NULL) e,
-              (SELECT COUNT(lease_token) AS leased, COUNT(CASE WHEN attempts >= ? THEN 1 END)
-                 AS dead FROM messages WHERE {1} AND {0}) r""".format(LIVING, RUN_OUT), (
-                     now, DEAD, now, self.settings.max_attempts, now, now))[0]
+                  COALESCE(SUM(dead), 0) AS dead FROM channels) c, {} e, {} o""".format(
+                      LIVING, EXPIRED.format("", ""), LEASES_OVER.format("", "")), (
+                          now, now, self.settings.max_attempts, now, now))[0]
 
     # Expiry, one small step at a time; see section 9.
 
@@ -2926,8 +2904,8 @@ class Channels:
         come one by one, and a page costs as much as its last row.
         """
         self.settle()
-        return self.db.work_off("SELECT id FROM messages WHERE expires_at <= ? ORDER BY id + 0",
-                                (self.clock.now(),), self._expire)
+        yield from self.db.work_off("SELECT id FROM messages WHERE expires_at <= ? ORDER BY id + 0",
+                                    (self.clock.now(),), self._expire)
 
     def _expire(self, db, ids):
         count = self._remove(db, ids)
@@ -3018,8 +2996,6 @@ class Store:
     def sweep(self):
         """One expiry run: write down activity, delete what is over, clean the WAL if need be."""
         began, deleted = time.perf_counter(), 0
-        self.sessions.write_activity()
-        removed = self.sessions.remove_idle()
         start = written = began
         for count in itertools.chain(self.sessions.sweep(), self.channels.sweep()):
             deleted += count
@@ -3031,10 +3007,10 @@ class Store:
                 break
             start = time.perf_counter()
         self._clean_wal()
-        if deleted or removed:
-            self.last_sweep = {"at": iso(self.clock.now()), "deleted": deleted + removed,
+        if deleted:
+            self.last_sweep = {"at": iso(self.clock.now()), "deleted": deleted,
                                "milliseconds": int((time.perf_counter() - began) * 1000)}
-        return deleted + removed
+        return deleted
 
     def _clean_wal(self):
         """Empty the WAL when deleted content has been in it for long, or when it is long."""
@@ -8443,8 +8419,10 @@ def next_words(verb):
     """What may stand behind a verb or the beginning of one: more of it, $aliases, flags."""
     begin = verb and verb + " "
     more = dict.fromkeys(name[len(begin):].split()[0] for name in VERBS if name.startswith(begin))
-    return [*more, *["$aliases"] * (verb in VERBS and VERBS[verb].arguments[:7] == "SESSION"),
-            *(flags_of(verb) if verb in VERBS else ()), "--help"]
+    if verb in VERBS:
+        takes_session = VERBS[verb].arguments.lstrip("[").startswith("SESSION")
+        more = [*more, *["$aliases"] * takes_session, *flags_of(verb)]
+    return [*more, "--help"]
 
 
 def verb_completion(args):

@@ -14,6 +14,7 @@ import base64
 import bisect
 import collections
 import contextlib
+import functools
 import gc
 import hashlib
 import hmac
@@ -7163,10 +7164,10 @@ class Pipes(CliCase):
         self.assertEqual(next(lines), b"a")
         with self.assertRaisesRegex(OSError, "unreadable"):
             list(lines)
-        endless = io.BytesIO()
-        endless.read = lambda size: b"x" * 100
-        with patched(nexus, "LINE_BYTES", 1000):
-            self.assertEqual(len(next(nexus.lines_of(endless))), 1100)
+        long, parts = io.BytesIO(), iter([b"x" * 100] * 50 + [b""])
+        long.read = lambda size: next(parts)
+        with patched(nexus, "LINE_BYTES", 1000):        # what is too long is not kept whole
+            self.assertEqual(len(next(nexus.lines_of(long))), 1100)
         late = iter([b"a", None, b"b\nc\n", b""])           # None: not yet, of a pipe without wait
         stream = io.BytesIO()
         stream.read = lambda size: next(late)
@@ -7267,8 +7268,8 @@ class PipeProcesses(CliCase):
                     shown += part
             out, _ = process.communicate(timeout=60)
         self.assertEqual(out, b'2500 message(s) sent to channel "far"\n')
-        self.assertRegex(shown, rb"^[^\n]*\n\d+ message\(s\), \d+/s, \d+ % *\r"
-                         if shown[:7] == b"server:" else rb"^\d+ message\(s\), \d+/s, \d+ % *\r")
+        self.assertRegex(shown, rb"^[^\n]*\n\d+ message\(s\), \d+/s, 100 % *\r"
+                         if shown[:7] == b"server:" else rb"^\d+ message\(s\), \d+/s, 100 % *\r")
         self.assertEqual(shown[-51:], b" " * 50 + b"\r")
 
 
@@ -7583,6 +7584,7 @@ class Completion(CliCase):
         if shutil.which("shellcheck"):
             self.assertEqual(self.run_in("shellcheck", "-s", "bash", path), "")
         asked = [("", ""), ("", "po"), ("tx", "in"), ("tx", ""), ("tx ack", ""), ("send", "rev"),
+                 ("news", "rev"),
                  ("tx outbox", ""), ("--home x tx send builds", "--l"), ("send review-2", "--"),
                  ("help", ""), ("poll", "$"), ("", "*"), ("tx send status", "--"),
                  ("frobnicate", "")]
@@ -7602,7 +7604,7 @@ class Completion(CliCase):
         self.assertIn("tx serve"[3:], found[0].split())
         self.assertEqual(found[1].split(), ["poll", "poll-all", "poll-daemon", "poll-status"])
         self.assertEqual(found[2], "inbox")
-        self.assertEqual(found[5], "review-2")
+        self.assertEqual(found[5:7], ["review-2"] * 2)
         self.assertNotIn("evil", os.listdir(self.home))
 
     def test_zsh_and_fish_understand_theirs(self):
@@ -9211,6 +9213,729 @@ class Ends(ChannelCase):
             self.assertAlmostEqual(wait("a"), 0.001, 4)
             clock.advance(0.001)
             self.assertEqual((wait("a"), wait("a")), (0, 60))
+
+
+# ----------------------------------------------------------------------------------------
+# What it costs, and what it counts
+#
+# Costs are counted in instructions of SQLite's machine and in commits, not in time: the same on
+# every machine. Counters are compared with what a look at each message says.
+# ----------------------------------------------------------------------------------------
+
+def instructions(server, function, *args):
+    """How many instructions SQLite takes for a call; the server's database must be in memory."""
+    counted, db = itertools.count(), server.store.db._writer
+    db.set_progress_handler(lambda: next(counted) and 0, 1)
+    try:
+        function(*args)
+    finally:
+        db.set_progress_handler(None, 1)
+    return next(counted)
+
+
+@contextlib.contextmanager
+def hurried():
+    """Each step ends at once: a commit for each row."""
+    with patched(nexus, "STEP_SECONDS", 0), patched(nexus, "LONGEST_STEP", 0):
+        yield
+
+
+class StoreCase(Case):
+    """Calls of a server's store, without HTTP between."""
+
+    CALLER = nexus.Caller()
+
+    def open(self, **settings):
+        self.s = self.server(**settings)
+        self.clock, self.db = self.s.clock, self.s.store.db
+        self.sessions, self.channels = self.s.store.sessions, self.s.store.channels
+        return self
+
+    def put(self, channel="c", retry=None, ttl=None, sender="s", content="x"):
+        """Send; returns the message, or None where the key was used before."""
+        draft = nexus.new_message(channel, sender, content, None, None, {}, ttl, [],
+                                  self.clock.now())
+        text, again = self.channels.send(draft, retry).wait()
+        return None if again else json.loads(text)
+
+    def lease(self, limit=1, seconds=60, channel="c"):
+        return self.channels.lease(channel, "w", limit, seconds, 0, (), self.CALLER)[0]
+
+    def ids(self, found):
+        return [message["id"] for message in found]
+
+    def inbox(self, limit=50, channel="c", **filters):
+        """(ids, more)"""
+        given = dict({"sender": None, "correlation": None, "include_acked": False}, **filters)
+        count, found, more = self.channels.inbox(channel, 0, limit, wait=0, caller=self.CALLER,
+                                                 **given)
+        ids = self.ids(json.loads("[%s]" % found))
+        self.assertEqual(count, len(ids))
+        return ids, more
+
+    def commits(self, function, *args):
+        """How many commits a call makes."""
+        before = self.db.commits
+        function(*args)
+        return self.db.commits - before
+
+
+class Counted(StoreCase):
+    """Counters say what is there, at any moment."""
+
+    def check(self):
+        """All counters against a look at each message."""
+        now, most = self.clock.now(), self.s.settings.max_attempts
+        rows = [nexus.Message._make(row) for row in self.db.read(
+            "SELECT %s FROM messages ORDER BY id" % nexus.COLUMNS)]
+        wanted = collections.defaultdict(lambda: [0] * 5)
+        for row in rows:
+            waits = row.acked_at is None
+            found = (1, row.size, waits, waits and row.lease_token is not None,
+                     waits and row.free_at == nexus.DEAD)
+            wanted[row.channel] = [a + b for a, b in zip(wanted[row.channel], found)]
+        stored = self.db.read("SELECT name, messages, size, pending, leased, dead FROM channels")
+        self.assertEqual({name: counts for name, *counts in stored}, wanted)
+        living = [row for row in rows if row.acked_at is None
+                  and (row.expires_at is None or row.expires_at > now)]
+        held = [row for row in living if row.lease_token and row.free_at > now]
+        dead = [row for row in living if row.attempts >= most and row not in held]
+        self.assertEqual(self.channels.figures(), (
+            len(living), min((row.created_at for row in living), default=None), len(held),
+            len(dead)))
+        for channel in "ab":
+            self.assertEqual(self.channels.count(channel),
+                             sum(row.channel == channel for row in living))
+            self.assertEqual(self.ids(self.channels.dead(channel, 0, 99)[0]),
+                             [row.id for row in dead if row.channel == channel])
+        for row in self.channels.list("", "", 99)[0]:
+            self.assertEqual([row[name] for name in ("pending", "leased", "dead")], [
+                sum(each.channel == row["channel"] for each in some)
+                for some in (living, held, dead)])
+
+    def test_whatever_happens_counters_and_figures_say_what_is_there(self):
+        self.open(max_attempts=2, max_channel_messages=25)
+        chance, held, acts = random.Random(4), [], collections.Counter()
+
+        def act(kind):
+            channel, one = chance.choice("ab"), chance.choice(held[-4:] or [None])
+            if kind == "send":
+                self.put(channel, ttl=chance.choice((None, 2, 9)),
+                         retry=chance.choice((None, ("k%d" % chance.randint(0, 3), b"body"))))
+            elif kind == "lease":
+                held.extend(self.lease(chance.randint(1, 3), chance.randint(1, 5), channel))
+            elif kind == "sweep":
+                self.s.sweep()
+            elif kind == "settle":
+                self.channels.settle()
+            elif kind == "all":
+                self.channels.ack_all(channel)
+            elif kind == "gc":
+                self.channels.gc(chance.choice((None, 0)))
+            elif kind == "fail":
+                def fail(db):
+                    draft = nexus.new_message(channel, "s", "x", None, None, {}, None, [], 0)
+                    self.channels._insert(db, draft, None)
+                    raise ZeroDivisionError
+                self.assertRaises(ZeroDivisionError, self.db.write, fail)
+            else:
+                token = one["leaseToken"]
+                {"ack": lambda: self.channels.ack(one["id"]),
+                 "done": lambda: self.channels.ack(one["id"], token),
+                 "release": lambda: self.channels.release(one["id"], token, chance.randint(0, 3)),
+                 "extend": lambda: self.channels.extend(one["id"], token, chance.randint(1, 5)),
+                 "revive": lambda: self.channels.revive(one["id"]),
+                 "reply": lambda: self.channels.reply(one["id"], "y", channel, {}, [], None,
+                                                      None).wait()}[kind]()
+            acts[kind] += 1
+        kinds = ("send lease sweep settle all gc fail ack done release extend revive reply".split()
+                 + "send lease".split() * 8 + "done release extend revive".split() * 4)
+        for _ in range(600):
+            with contextlib.suppress(nexus.NexusError, TypeError):      # or there is none held
+                act(chance.choice(kinds))
+            self.clock.advance(chance.choice((0, 0, 0.4, 1)))
+            self.check()
+        self.assertEqual(set(acts), set(kinds))
+        self.assertGreater(min(acts.values()), 3, acts)
+
+    def test_session_figures_say_what_is_there(self):
+        self.open()
+        start = self.clock.now()
+        for number in range(3):         # 0 at 0 s; 1 at 1 and 1.1 s; 2 at 2 and 2.1 s
+            sid = self.sessions.create(10 + number, 5, "hi" if number else None, "ada")["sessionId"]
+            self.clock.advance(0.1)
+            for _ in range(number + 1):
+                self.sessions.send(sid, "ada", None, "text", None, None, None).wait()
+            self.clock.advance(0.9)
+        self.assertEqual(self.sessions.figures(), (3, 3, 8, start + 100))
+        self.s.sweep()
+        self.clock.advance(7.1)         # the very end of the first session and its message
+        self.assertEqual(self.sessions.figures(), (2, 2, 7, start + 1000))
+        other = self.sessions.create(99, 5, None, None)["sessionId"]
+        self.sessions.join(other, "bob", None)
+        self.clock.advance(2)           # and of the second
+        before = self.sessions.figures()
+        self.assertEqual(before, (2, 2, 4, start + 2000))
+        self.s.sweep()
+        self.assertEqual(self.sessions.figures(), before)
+        self.clock.advance(100)
+        self.assertEqual((self.sessions.figures(), self.s.sweep() > 0, self.sessions.figures()),
+                         ((0, 0, 0, None), True, (0, 0, 0, None)))
+
+    def test_sent_counts_what_was_stored_and_no_second_answer(self):
+        self.open()
+        sid = self.sessions.create(10, 5, "hi", "ada")["sessionId"]
+        for _ in range(2):
+            self.put(retry=("k", b"x"))
+            self.channels.reply(1, "y", "me", {}, [], None, ("k", b"x")).wait()
+            self.sessions.send(sid, "ada", None, "x", None, None, ("k", b"x")).wait()
+        self.sessions.send(sid, "ada", None, "x", None, None, None).wait()
+        self.assertEqual((self.channels.sent, self.sessions.sent), (2, 2))
+
+    def test_a_channel_without_messages_has_no_row(self):
+        self.open()
+        self.put("gone", ttl=1)
+        self.put("stays")
+        self.clock.advance(1)
+        self.s.sweep()
+        self.assertEqual(self.db.read("SELECT name FROM channels"), [("stays",)])
+
+    def test_databases_of_versions_1_and_2_get_their_counters(self):
+        path = os.path.join(self.folder(), "n.db")
+        for version in (1, 2):
+            with contextlib.closing(sqlite3.connect(path)) as db:
+                db.executescript("".join(nexus.SCHEMA[:version]) + "PRAGMA user_version=%d;"
+                                 "PRAGMA application_id=%d;" % (version, nexus.APPLICATION_ID))
+                db.execute("INSERT INTO sessions (id, ttl, max_agents, created_at, expires_at,"
+                           " last_cursor, messages, size) VALUES (?, 9, 5, 1, 1800000000000, 1,"
+                           " 1, 4)", (UNKNOWN,))
+                db.executemany("INSERT INTO session_messages (place, id, agent_id, text, verified,"
+                               " created_at, expires_at, size) VALUES (?, 'm', 'ada', 'here', 0, 1,"
+                               " ?, ?)", [(1 << 32, None, 0), ((1 << 32) + 1, 1800000000000, 4)])
+                for number in range(1, 8):
+                    db.execute("INSERT INTO messages (channel, sender, wire, size, created_at,"
+                               " acked_at) VALUES (?, 's', '\"channel\":\"c\"}', 15, ?, ?)", (
+                                   "d" if number == 7 else "c", number,
+                                   5 if number == 6 else None))
+                later = 1700000000000 + 5000
+                for row in ((5, None, None, 7, 1), (2, "tok", "w", 8, 2), (1, "t", "w", later, 3),
+                            (1, None, None, later, 4)) if version == 2 else ():
+                    db.execute("UPDATE messages SET attempts = ?, lease_token = ?, leased_by = ?,"
+                               " free_at = ? WHERE id = ?", row)
+                db.commit()
+            self.open(db=path)
+            self.check()
+            self.assertEqual(self.sessions.figures()[2], 2)
+            self.assertEqual(self.ids(self.channels.dead("c", 0, 9)[0]), [1] * (version == 2))
+            self.assertEqual(self.ids(self.lease(9)), [2, 5] if version == 2 else [1, 2, 3, 4, 5])
+            self.clock.advance(5)
+            self.assertEqual(self.ids(self.lease(9)), [3, 4] if version == 2 else [])
+            self.check()
+            self.s.stop()
+            os.unlink(path)
+
+    def test_another_max_attempts_after_a_restart_decides_anew_who_is_dead(self):
+        path = os.path.join(self.folder(), "n.db")
+        self.open(db=path, max_attempts=2)
+        ids = [self.put()["id"] for _ in range(3)]
+        for count in (3, 1):
+            for held in self.lease(count):
+                self.channels.release(held["id"], held["leaseToken"], 0)
+        for most, dead, free in ((2, 1, 2), (3, 0, 3), (1, 3, 0), (3, 0, 3)):
+            self.s.stop()
+            self.open(db=path, clock=self.clock, max_attempts=most)
+            self.assertEqual(self.ids(self.channels.dead("c", 0, 9)[0]), ids[:dead], most)
+            self.assertEqual(self.channels.figures()[3], dead)
+            self.check()
+        self.assertEqual(self.ids(self.lease(9)), ids[-free:])
+        self.s.stop()
+        self.open(db=path, clock=self.clock, max_attempts=most)
+        self.assertEqual(self.db.commits, 0, "nothing was to decide")
+
+
+class Costs(StoreCase):
+    """Nobody pays for what is not meant."""
+
+    def test_counting_costs_no_more_where_there_is_more(self):
+        found = []
+        for many in (5, 500):
+            self.open(max_attempts=1)
+            sid = self.sessions.create(9999, 5, None, "ada")["sessionId"]
+            for _ in range(many):
+                self.put()
+                self.sessions.send(sid, "ada", None, "x", None, None, None).wait()
+            self.channels.ack(2)
+            for _ in range(many // 5):
+                held, = self.lease()
+                self.channels.release(held["id"], held["leaseToken"], 0)    # dead
+                self.lease(seconds=3600)
+            found.append([instructions(self.s, *call) for call in (
+                (self.sessions.figures,), (self.channels.figures,), (self.channels.count, "c"),
+                (self.put,), (self.channels.dead, "c", 0, 1), (self.lease,), (self.inbox, 1),
+                (self.channels.list, "", "", 9))])
+            self.s.stop()
+        few, lots = found
+        for one, other in zip(few, lots):
+            self.assertLess(other, 1.1 * one + 50, found)
+
+    def test_a_worker_that_finds_nothing_looks_at_no_message(self):
+        self.open(max_attempts=1)
+        found = []
+        for _ in range(2):
+            found.append(instructions(self.s, self.lease))
+            for _ in range(100):
+                self.put()
+                held, = self.lease()
+                self.channels.release(held["id"], held["leaseToken"], 0)
+                self.put()
+                self.lease(seconds=3600)
+            self.assertEqual(self.commits(self.lease), 0)
+        self.assertLess(instructions(self.s, self.lease), found[0] + 100)
+        self.channels.revive(1)
+        self.assertEqual(self.ids(self.lease()), [1])
+        self.assertLess(instructions(self.s, self.lease), found[0] + 100)
+
+    def test_what_became_of_leases_is_written_down_once(self):
+        self.open(max_attempts=2)
+        for _ in range(300):
+            self.put()
+        self.lease(300, 1)
+        self.clock.advance(1)
+        self.assertGreater(instructions(self.s, self.channels.figures), 3000)
+        self.s.sweep()
+        self.assertLess(instructions(self.s, self.channels.figures), 300)
+        self.assertEqual(self.commits(self.s.sweep), 0)
+
+    def test_what_is_due_is_found_by_index_and_deleted_in_the_order_of_ids(self):
+        self.open()
+        for ttl in (9, 8, 7):
+            self.put(ttl=ttl)
+        for _ in range(300):
+            self.put()
+        self.assertLess(instructions(self.s, self.s.sweep), 300)
+        self.clock.advance(10)
+        with hurried():
+            self.assertEqual(next(self.channels.sweep()), 1)
+        self.assertEqual(self.inbox(0), ([], True))
+        sid = self.sessions.create(50, 9, None, "ada")["sessionId"]
+        for ttl in (50, 5):
+            self.sessions.renew(sid, "ada", ttl)
+            self.sessions.send(sid, "ada", None, "x", None, None, None).wait()
+        self.clock.advance(50)
+        with hurried():
+            self.assertEqual(next(self.sessions.sweep()), 1)
+        self.assertEqual(self.db.read("SELECT place & 255 FROM session_messages"), [(2,)])
+        self.assertEqual(self.db.read("SELECT id FROM messages LIMIT 1"), [(2,)])
+
+    def test_an_idle_server_commits_nothing(self):
+        self.open(agent_inactivity=60)
+        self.sessions.create(60, 5, "hi", "ada")
+        self.put(ttl=60)
+        self.lease()
+        self.assertEqual(self.commits(self.s.sweep), 0)
+
+    def test_every_work_on_many_rows_ends_its_commits_by_the_clock(self):
+        self.open()
+        sid = self.sessions.create(50, 50, None, None)["sessionId"]
+        for number in range(40):
+            self.sessions.join(sid, "a%d" % number, None)
+
+        def activity():
+            self.clock.advance(1)
+            for number in range(40):
+                self.sessions.poll(sid, "a%d" % number, 99, 9, 0, False, self.CALLER)
+            return self.sessions.write_activity
+
+        def puts(then, *args, **values):
+            for _ in range(40):
+                self.put(**values)
+            self.clock.advance(2)
+            return functools.partial(then, *args)
+
+        def sends():
+            sid = self.sessions.create(50, 50, None, "ada")["sessionId"]
+            for _ in range(40):
+                self.sessions.send(sid, "ada", None, "x", None, None, None).wait()
+            self.clock.advance(51)
+            return self.s.sweep
+
+        def leases():
+            puts(list)
+            self.lease(40, 1)
+            self.clock.advance(1)
+            return self.channels.settle
+        for prepare in (activity, lambda: puts(self.channels.ack_all, "c"),
+                        lambda: puts(self.channels.gc, 0), leases,
+                        lambda: puts(self.s.sweep, ttl=1), sends):
+            call = prepare()
+            with hurried():
+                self.assertGreaterEqual(self.commits(call), 40)
+            call = prepare()
+            with patched(nexus, "STEP_SECONDS", 60), patched(nexus, "LONGEST_STEP", 60):
+                self.assertLessEqual(self.commits(call), 4)
+
+    def test_a_run_rests_after_each_step_and_ends_with_the_server(self):
+        self.open()
+        for _ in range(5):
+            self.put(ttl=1)
+        self.clock.advance(1)
+        rests = []
+        with hurried(), patched(self.s.store._stop, "wait",
+                                lambda seconds: rests.append(seconds) or len(rests) == 3):
+            self.assertEqual(self.s.sweep(), 3)
+        self.assertGreater(min(rests), 0)
+
+    def test_more_is_worked_off_than_is_looked_up_at_a_time(self):
+        self.open()
+        for _ in range(30):
+            self.put(ttl=5)
+            self.put()
+        with patched(nexus, "STEP_ROWS", 7):
+            self.assertEqual(self.channels.ack_all("c"), 60)
+            self.clock.advance(5)
+            self.assertEqual(self.channels.gc(0), {"expired": 30, "acked": 30})
+
+    def test_what_is_sent_meanwhile_is_not_acked(self):
+        self.open()
+        self.put()
+        with between(self.db, "write", self.put):
+            self.assertEqual(self.channels.ack_all("c"), 1)
+        self.assertEqual(self.inbox()[0], [2])
+
+    def test_a_slow_disk_gets_more_rows_for_each_commit(self):
+        self.open()
+        write = self.db.write
+
+        def slowly(job):
+            found = write(job)
+            time.sleep(0.05)
+            return found
+        with patched(nexus, "STEP_SECONDS", 0), patched(nexus, "LONGEST_STEP", 60):
+            with patched(self.db, "write", slowly):
+                steps = list(self.db.in_steps(list(range(60)), lambda db, keys: len(keys)))
+        self.assertEqual((steps[0], sum(steps)), (1, 60))
+        self.assertLess(len(steps), 20)
+
+    def test_what_was_acked_meanwhile_is_not_acked_again(self):
+        self.open()
+        first = self.put()["id"]
+        self.put()
+
+        def ack():
+            self.clock.advance(1)
+            self.channels.ack(first)
+        with between(self.db, "read", ack, skip=1):
+            self.assertEqual(self.channels.ack_all("c"), 1)
+        acked = dict(self.db.read("SELECT id, acked_at FROM messages"))
+        self.assertEqual(acked[first] - acked[first + 1], 1000)
+
+
+class Woken(StoreCase):
+    """Who waits with a lease call is woken by what could give it work, and by nothing else."""
+
+    def woken(self, function, *args):
+        """Was anybody woken by this call?"""
+        rung = []
+        with patched(self.s.store.waiters, "notify", rung.append):
+            function(*args)
+        return bool(rung)
+
+    def test_acks_wake_nobody_and_leases_only_when_they_end_earlier(self):
+        self.open(max_attempts=2)
+        for _ in range(3):
+            self.put()
+        one, two, three = self.lease(3)
+        for wanted, call in (
+                (False, (self.channels.extend, one["id"], one["leaseToken"], 90)),
+                (True, (self.channels.extend, one["id"], one["leaseToken"], 5)),
+                (False, (self.channels.ack, one["id"], one["leaseToken"])),
+                (True, (self.channels.release, two["id"], two["leaseToken"], 1)),
+                (False, (self.channels.ack, two["id"])),
+                (True, (self.channels.release, three["id"], three["leaseToken"], 0)),
+                (False, (self.channels.revive, three["id"]))):
+            self.assertEqual(self.woken(*call), wanted, call)
+        self.channels.release(three["id"], self.lease()[0]["leaseToken"], 0)
+        three, = self.lease()
+        self.assertFalse(self.woken(self.channels.release, three["id"], three["leaseToken"], 0))
+        self.assertEqual(self.ids(self.channels.dead("c", 0, 9)[0]), [three["id"]])
+        self.assertTrue(self.woken(self.channels.revive, three["id"]))
+        self.assertEqual([m["attempts"] for m in self.lease()], [1])
+
+    def test_a_message_that_was_never_leased_can_be_revived_and_leased(self):
+        self.open()
+        message = self.put()
+        self.assertEqual(self.channels.revive(message["id"]), message)
+        self.assertEqual(self.ids(self.lease()), [message["id"]])
+
+    def test_the_oldest_comes_first_whether_it_was_leased_before_or_not(self):
+        self.open()
+        ids = [self.put()["id"] for _ in range(4)]
+        held = self.lease(2, 5)
+        self.channels.release(held[1]["id"], held[1]["leaseToken"], 0)
+        self.assertEqual(self.ids(self.lease(2)), ids[1:3])
+        self.clock.advance(5)
+        self.assertEqual(self.ids(self.lease(9)), [ids[0], ids[3]])
+
+    def test_a_delay_holds_a_message_back_also_over_a_sweep(self):
+        self.open()
+        self.put()
+        held, = self.lease()
+        self.channels.release(held["id"], held["leaseToken"], 9)
+        self.clock.advance(8.999)
+        self.s.sweep()
+        self.assertEqual(self.lease(), [])
+        self.clock.advance(0.001)
+        self.assertEqual(len(self.lease()), 1)
+
+
+class KeysThatEnd(StoreCase):
+    """A retry key is good as long as its message can be seen, and for one question."""
+
+    def test_the_key_of_a_message_that_is_over_stores_anew(self):
+        self.open()
+        sid = self.sessions.create(10, 5, None, "ada")["sessionId"]
+
+        def send(body):
+            return self.sessions.send(sid, "ada", None, "x", None, None, ("k", body)).wait()
+        first = self.put(ttl=10, retry=("k", b"1"))
+        self.assertEqual((send(b"1")[1], send(b"1")[1]), (False, True))
+        self.clock.advance(9.999)
+        self.sessions.poll(sid, "ada", None, 9, 0, False, self.CALLER)
+        self.assertEqual((self.put(ttl=10, retry=("k", b"1")), send(b"1")[1]), (None, True))
+        self.clock.advance(0.001)           # over, and not yet swept
+        second = self.put(retry=("k", b"2"))
+        self.assertGreater(second["id"], first["id"])
+        text, again = send(b"2")
+        self.assertEqual((again, json.loads(text)["cursor"]), (False, "2"))
+        self.assertEqual((self.put(retry=("k", b"2")), send(b"2")[1]), (None, True))
+        self.assertEqual(self.s.sweep(), 2)
+        self.assertEqual((self.put(retry=("k", b"2")), send(b"2")[1]), (None, True))
+        self.assertEqual(self.inbox()[0], [second["id"]])
+
+    def test_the_key_of_a_reply_is_good_for_its_question_only(self):
+        self.open()
+        questions = [self.put()["id"] for _ in range(2)]
+
+        def reply(number, key="k", content="y"):
+            text, again = self.channels.reply(questions[number], content, "me", {}, [], None,
+                                              (key, content.encode())).wait()
+            return json.loads(text)["id"], again
+        first, second = reply(0), reply(1)
+        self.assertEqual((first[1], second[1]), (False, False))
+        self.assertEqual(self.inbox(channel="s")[0], [first[0], second[0]])
+        self.assertEqual(self.inbox()[0], [])
+        self.assertEqual([reply(0), reply(1)], [(first[0], True), (second[0], True)])
+        with self.assertRaises(nexus.NexusError) as caught:
+            reply(0, content="z")
+        self.assertEqual(caught.exception.code, "idempotency_key_reused")
+        acked = self.db.read("SELECT acked_at FROM messages WHERE id = 1")
+        self.clock.advance(1)
+        self.assertFalse(reply(0, "other")[1])
+        self.assertEqual(self.db.read("SELECT acked_at FROM messages WHERE id = 1"), acked)
+        self.assertIsNotNone(self.put("s", sender="me", retry=("k", b"")), "it is no send's key")
+
+
+class More(StoreCase):
+    """`more` says whether a page ended before the messages did."""
+
+    def test_an_inbox_tells_whether_there_are_more(self):
+        self.open()
+        for number in range(4):
+            self.put(sender="s%d" % (number % 2))
+        self.put(sender="s1")
+        self.put(ttl=1)
+        self.clock.advance(1)
+        self.channels.ack(1)
+        for values, ids, more in (
+                ({}, [2, 3, 4, 5], False), ({"limit": 4}, [2, 3, 4, 5], False),
+                ({"limit": 3}, [2, 3, 4], True), ({"limit": 0}, [], True),
+                ({"limit": 2, "sender": "s1"}, [2, 4], True),
+                ({"limit": 3, "sender": "s1"}, [2, 4, 5], False),
+                ({"limit": 0, "sender": "s2"}, [], False),
+                ({"limit": 4, "include_acked": True}, [1, 2, 3, 4], True),
+                ({"limit": 5, "include_acked": True}, [1, 2, 3, 4, 5], False)):
+            self.assertEqual(self.inbox(**values), (ids, more), values)
+        self.assertEqual(self.inbox(channel="empty"), ([], False))
+
+    def test_the_end_of_a_page_by_its_size_is_told_too(self):
+        self.open(max_session_bytes=1 << 30)
+        sid = self.sessions.create(100, 5, None, "ada")["sessionId"]
+        with patched(nexus, "ANSWER_BYTES", 1000):
+            for content in ("x" * 700, "x" * 700, "y"):
+                self.put(content=content)
+                self.sessions.send(sid, "ada", None, content, None, None, None).wait()
+            self.assertEqual(self.inbox(), ([1, 2], True))
+            self.channels.ack(3)
+            self.assertEqual(self.inbox(), ([1, 2], False))
+
+            def poll(after, limit=9):
+                found = self.sessions.poll(sid, "ada", after, limit, 0, False, self.CALLER)
+                return len(found["messages"]), found["more"]
+            self.assertEqual([poll(0), poll(2), poll(0, 1), poll(1, 2), poll(1, 1), poll(3)], [
+                (2, True), (1, False), (1, True), (2, False), (1, True), (0, False)])
+            for content in ("x" * 1000, "y"):
+                self.sessions.send(sid, "ada", None, content, None, None, None).wait()
+            self.assertEqual([poll(3), poll(4)], [(1, True), (1, False)])
+
+    def test_the_dead_tell_whether_there_are_more_over_rest_and_mcp_too(self):
+        self.open(max_attempts=1)
+        for _ in range(3):
+            self.put()
+        self.lease(3, 1)
+        self.clock.advance(1)
+        path = "/api/messages/inbox/c"
+        for query, count, more in (("/dead?limit=2", 2, True), ("/dead?limit=3", 3, False),
+                                   ("/dead?limit=0", 0, True), ("?limit=2", 2, True),
+                                   ("?limit=0", 0, True), ("?afterId=1", 2, False)):
+            found = self.expect(self.s.call("GET", path + query), 200)
+            self.assertEqual(list(found), ["messages", "channel", "count", "more"])
+            self.assertEqual((len(found["messages"]), found["count"], found["more"]),
+                             (count, count, more), query)
+        found = self.expect(self.s.call("POST", "/mcp", {
+            "jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+                "name": "tx_inbox", "arguments": {"channel": "c", "limit": 2}}}), 200)
+        text = found["result"]["content"][0]["text"]
+        self.assertIs(json.loads(text)["more"], True)
+
+    def test_what_lands_while_a_filter_finds_nothing_is_not_passed_over(self):
+        self.open()
+        self.put(sender="ada")
+        landed = []
+        with between(self.channels, "_page", lambda: landed.append(self.put(sender="bob"))):
+            found = Started(self.channels.inbox, "c", 0, 9, "bob", None, False, 60, self.CALLER)
+            self.assertEqual(found.result()[0], 1)
+        looked = []
+        read = self.db.read
+
+        def watched(query, parameters=(), fetch=None):
+            looked.append(parameters)
+            return read(query, parameters, fetch)
+        with patched(self.db, "read", watched):
+            call = Started(self.channels.inbox, "c", 0, 9, "cy", None, False, 60, self.CALLER)
+            until(lambda: self.s.store.waiters.parked and looked)
+            last = self.put()["id"]
+            until(lambda: len(looked) >= 4)
+            self.put(sender="cy")
+            self.assertEqual(call.result()[0], 1)
+            self.assertEqual(looked[-1][1], last, "it looked again at what it had passed over")
+            looked.clear()
+            call = Started(self.channels.inbox, "c", last + 3, 9, "cy", None, False, 60,
+                           self.CALLER)
+            for looks in (2, 4, 6):
+                until(lambda: len(looked) >= looks)
+                sent = self.put(sender="cy")["id"]      # the first two are below what it asks for
+            self.assertIn('"id":%d,' % sent, call.result()[1])
+
+    def test_to_ask_whether_there_are_more_waits_for_nothing(self):
+        self.open()
+        call = Started(self.channels.inbox, "c", 0, 0, None, None, False, 60, self.CALLER)
+        self.assertEqual(call.result(20), (0, "", False))
+
+
+class Present(StoreCase):
+    """Who is there keeps a session alive, and its own place in it."""
+
+    def test_who_waits_keeps_a_session_alive_also_when_its_ttl_becomes_short(self):
+        self.open()
+        sid = self.sessions.create(3600, 5, None, "ada")["sessionId"]
+        self.sessions.join(sid, "bob", None)
+        call = Started(self.sessions.poll, sid, "ada", 0, 9, 60, False, self.CALLER)
+        until(lambda: self.s.store.waiters.parked)
+        self.sessions.renew(sid, "bob", 1)
+        for _ in range(3):
+            self.clock.advance(0.9)
+            until(lambda: self.sessions.active_at.get(1) == self.clock.now(), 5)
+        self.sessions.send(sid, "bob", None, "still here", None, None, None).wait()
+        self.assertEqual(call.result()["messages"][0]["text"], "still here")
+
+    def test_renewing_counts_from_now_whatever_was_noted_before(self):
+        self.open()
+        sid = self.sessions.create(3600, 5, None, "ada")["sessionId"]
+        self.clock.advance(5)
+        self.sessions.poll(sid, "ada", 0, 9, 0, False, self.CALLER)
+        self.sessions.renew(sid, "ada", 2)
+        for _ in range(2):
+            self.assertEqual(when(self.sessions.status(sid)["expiresAt"]),
+                             self.clock.now() + 2000)
+            self.s.sweep()
+
+    def test_who_spoke_a_moment_ago_is_not_removed_as_idle(self):
+        self.open(agent_inactivity=30)
+        sid = self.sessions.create(1000, 9, None, "ada")["sessionId"]
+        keys = [self.sessions.join(sid, agent, None)["sessionKey"]
+                for agent in ("bob", "cy", "dan", "eve")]
+        self.clock.advance(30)
+
+        def speak(agent):
+            return self.sessions.poll(sid, agent, 99, 9, 0, True, self.CALLER)
+
+        def act():
+            speak("cy")
+            with patched(self.db, "write", write):
+                self.sessions.leave(sid, "dan", "dan", keys[2])
+                self.sessions.join(sid, "dan", None)
+        write = self.db.write
+        with between(self.sessions, "write_activity", lambda: speak("bob")):
+            with between(self.db, "write", act, before=True):
+                self.s.sweep()
+        self.assertEqual(set(self.sessions.status(sid)["agents"]), {"ada", "bob", "cy", "dan"})
+
+    def test_a_newer_note_survives_the_writing_of_an_older_one(self):
+        self.open()
+        sid = self.sessions.create(1000, 9, None, "ada")["sessionId"]
+
+        def speak():
+            self.clock.advance(5)
+            return self.sessions.poll(sid, "ada", 99, 9, 0, True, self.CALLER)["members"]
+        speak()
+        with between(self.db, "write", speak):
+            self.sessions.write_activity()
+        self.assertEqual(list(self.sessions.seen_at.values()), [self.clock.now()])
+        self.assertEqual(list(self.sessions.active_at.values()), [self.clock.now()])
+        self.sessions.write_activity()
+        self.assertEqual((self.sessions.seen_at, self.sessions.active_at), ({}, {}))
+
+    def test_activity_is_written_down_during_a_long_run_too(self):
+        self.open()
+        sid = self.sessions.create(1000, 9, None, "ada")["sessionId"]
+        for _ in range(3):
+            self.put(ttl=1)
+        self.clock.advance(1)
+
+        def speak():
+            self.sessions.poll(sid, "ada", 99, 9, 0, True, self.CALLER)
+        with hurried(), patched(nexus, "SWEEP_SECONDS", 0):
+            with between(self.db, "write", speak):
+                self.assertEqual(self.s.sweep(), 3)
+        self.assertEqual(self.sessions.seen_at, {})
+
+    def test_a_session_that_only_memory_knows_to_live_keeps_its_greeting(self):
+        self.open()
+        sid = self.sessions.create(10, 9, "hi", "ada")["sessionId"]
+        self.sessions.create(10, 9, "hi", "bob")
+        self.clock.advance(9)
+        self.sessions.poll(sid, "ada", None, 9, 0, False, self.CALLER)
+        self.clock.advance(1)
+        self.assertEqual(sum(self.sessions.sweep()), 2)
+        found = self.sessions.poll(sid, "ada", None, 9, 0, False, self.CALLER)["messages"]
+        self.assertEqual([message["text"] for message in found], ["hi"])
+
+    def test_a_refund_goes_into_the_minute_it_was_spent_in(self):
+        self.open()
+        code, _ = self.sessions.pair(self.sessions.create(1000, 9, None, "ada")["sessionId"])
+
+        def guess():
+            with self.assertRaises(nexus.NexusError) as caught:
+                self.sessions.code_state(LOST, self.CALLER)
+            return caught.exception.code
+
+        def a_minute_later():
+            self.clock.advance(60)
+            for _ in range(nexus.CODE_MISSES_PER_ADDRESS):
+                self.assertEqual(guess(), "code_not_found")
+        with between(self.db, "read", a_minute_later):
+            self.sessions.code_state(code, self.CALLER)
+        self.assertEqual(guess(), "rate_limit_exceeded")
 
 
 # ----------------------------------------------------------------------------------------
