@@ -120,6 +120,7 @@ DEFAULT_CHANNELS = 100          # channels in one answer when no limit is given
 MAX_LEASES_AT_ONCE = 100        # messages in one lease answer
 MAX_NAME = 256                  # characters in a channel, sender, task or correlation id
 MAX_RETRY_KEY = 128             # characters in an Idempotency-Key
+MAX_BATCH_KEY = 100             # characters in a --batch key: ":" and a number follow
 MAX_AGENT_ID = 128              # characters in an agent id
 AGENT_ID_PATTERN = "[A-Za-z0-9_-]{1,%d}" % MAX_AGENT_ID
 MAX_MESSAGE_TTL = 3155760000    # seconds: a hundred years, so that a date stays a date
@@ -2874,10 +2875,10 @@ class Channels:
                  SELECT created_at FROM messages WHERE channel = name AND acked_at IS NOT NULL
                  ORDER BY id DESC LIMIT 1)))
             FROM channels c LEFT JOIN {} e ON e.place = name LEFT JOIN {} o ON o.place = name
-            WHERE name > ? AND name >= ? AND name < ? ORDER BY name""".format(
+            WHERE name > ? AND name >= ? AND name <= ? ORDER BY name""".format(
                 LIVING, EXPIRED.format(*group), LEASES_OVER.format(*group)), (
                     now, now, self.settings.max_attempts, now, now, after, prefix,
-                    prefix + "\U0010ffff"), limit, lambda row: len(row[0]))
+                    prefix + "\U0010ffff" * MAX_NAME), limit, lambda row: len(row[0]))
         return [{"channel": name, "pending": pending, "leased": leased, "dead": dead,
                  "oldestPendingAt": iso(oldest), "lastMessageAt": iso(last)}
                 for name, pending, leased, dead, oldest, last in rows], more
@@ -5923,7 +5924,7 @@ class State:
 
     @staticmethod
     def _broken(path, trouble):
-        return NexusError("broken_state", "Cannot keep %s: %s. Mend that, or set HOME."
+        return NexusError("broken_state", "Cannot keep %s: %s. Mend that, or give another --home."
                           % (path, trouble.strerror), status=400)
 
     @staticmethod
@@ -6860,7 +6861,7 @@ def until_stopped(work):
 
 def consumer(args, show):
     """What a loop of --follow does with (a message, its number, what is to be done after it)."""
-    if getattr(args, "exec", None):
+    if getattr(args, "exec", None) is not None:     # "", a variable that is not set, is refused
         return Commands(args.exec).consume
 
     def consume(message, number, done):
@@ -6925,11 +6926,6 @@ def conversation(client, session_id, agent_id):
         after, more = answer["nextCursor"], answer.get("more")
 
 
-def quoted(text):
-    """Text from others as a block that forges nothing: each line has a mark before it."""
-    return "\n".join("> " + visible(line) for line in text.split("\n"))
-
-
 def verb_transcript(args):
     """Print the whole conversation as far as it still lives: --format md, json or html"""
     session_id, form = session_of(args), args.format or "md"
@@ -6944,8 +6940,10 @@ def verb_transcript(args):
         head = "%s%s, %s, cursor %s" % (visible(row["agentId"]), " (verified)" if row["verified"]
                                         else "", visible(row["createdAt"]), visible(row["cursor"]))
         text = "\n".join(filter(None, [row["text"], to_json(row["json"]) if "json" in row else ""]))
-        blocks.append("## %s\n\n%s\n" % (head, quoted(text)) if form == "md" else
-                      "<h2>%s</h2><pre>%s</pre>" % (escape(head), escape(text)))
+        lines = [visible(line) for line in text.split("\n")]       # html too may go to a terminal
+        blocks.append("## %s\n\n%s\n" % (head, "\n".join("> " + line for line in lines))
+                      if form == "md" else
+                      "<h2>%s</h2><pre>%s</pre>" % (escape(head), escape("\n".join(lines))))
     print("# %s\n\n%s" % (title, "\n".join(blocks)) if form == "md" else html_document(
         title, "<h1>%s</h1>%s" % (title, "".join(blocks))), end="")
 
@@ -7479,6 +7477,8 @@ def tx_send(messages, args):
             args.batch if args.content else args.idempotency_key):
         raise Usage("say CHANNEL CONTENT, or CHANNEL --lines, or --jsonl; --idempotency-key is for"
                     " the first, --batch for the others")
+    if args.batch is not None and not 0 < len(args.batch) <= MAX_BATCH_KEY:
+        raise Usage("--batch takes a key of 1 to %d characters" % MAX_BATCH_KEY)
     if not args.content:
         return send_lines(messages, args)
     row = messages.send(args.channel, words_of(args, "content"), args.sender, args.task, args.ttl,
@@ -8366,6 +8366,19 @@ def arrange(words):
     return name, flags, rest
 
 
+def nearest(words):
+    """The verb that was perhaps meant, told by all its words or by the last; or ""."""
+    last = {name.rpartition(" ")[2]: name for name in reversed(list(VERBS))}
+    found = difflib.get_close_matches(words.lower(), [*VERBS, *last], 1)
+    return last.get(found[0], found[0]) if found else ""
+
+
+def unknown(why, words, name=""):
+    """The refusal of words that are no verb; where to look instead: the nearest verb, or `name`."""
+    near = nearest(words)
+    return Usage("%s %s%s" % (why, words, near and " (did you mean %s?)" % near), near or name)
+
+
 def explain(name=""):
     """Print what a verb can do, or list the verbs: all, or those of a group (tx)."""
     if name in VERBS:
@@ -8374,7 +8387,7 @@ def explain(name=""):
     lines = ["  %-34s %s" % ((verb + " " + row.arguments).strip(), row.run.__doc__.splitlines()[0])
              for verb, row in VERBS.items() if not name or verb.startswith(name + " ")]
     if not lines:
-        raise Usage("there is no verb %s" % name)
+        raise unknown("there is no verb", name)
     print("nexus %s: messages between AI agents, server and client in one file.\n\n"
           "usage: nexus.py VERB [arguments] [flags]; every VERB explains itself with --help\n\n"
           "%s\n\nstdout is JSON (but help, tx, news, skill, completion, demo, selftest); exit 0"
@@ -8440,13 +8453,6 @@ def verb_completion(args):
 VERBS["completion"] = Verb(verb_completion, "SHELL", "", "completion bash")
 
 
-def nearest(words):
-    """The verb that was perhaps meant, told by all its words or by the last; or ""."""
-    last = {name.rpartition(" ")[2]: name for name in reversed(list(VERBS))}
-    found = difflib.get_close_matches(words.lower(), [*VERBS, *last], 1)
-    return last.get(found[0], found[0]) if found else ""
-
-
 def run(name, flags, rest):
     """Run a command line as arrange() left it; returns its exit code."""
     if set(flags) & set(HELP):
@@ -8455,9 +8461,8 @@ def run(name, flags, rest):
         return say({"version": VERSION})
     if name not in VERBS:
         words = " ".join(([name] if name else []) + rest[:1])
-        near = nearest(words)
-        raise Usage("unknown command: %s%s" % (words, near and " (did you mean %s?)" % near)
-                    if words else "no command was given", near)
+        raise unknown("unknown command:", words, name) if words else \
+            Usage("no command was given")
     args = make_parser(name).parse_args(flags + (["--"] + rest if rest else []))
     if getattr(args, "home", None):
         os.environ["NEXUS_HOME"] = args.home
@@ -8486,7 +8491,7 @@ def run_and_explain(words):
         why, *meant = trouble.args if isinstance(trouble, Usage) else [
             "what was given, as arguments or on stdin, is not UTF-8"]
         wrong, code = NexusError("usage", "%s. See: nexus.py %s" % (
-            why, ("help " + (meant and meant[0] or name)).strip())), 2
+            why, ("help " + (meant[0] if meant else name)).strip())), 2
     if not quiet or wrong.code == "no_reply":
         say(wrong.body())
     tip(("Error: " if quiet else "") + wrong.message)
@@ -8495,6 +8500,9 @@ def run_and_explain(words):
 
 def main():
     """The command line: run it, and turn whatever went wrong into one document and a code."""
+    for name in ("stdin", "stdout", "stderr"):      # in this order they get the numbers 0, 1, 2
+        if getattr(sys, name) is None:              # the shell closed it, as in `>&-`
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace"),
                            (sys.stderr, "backslashreplace")):
         try:        # consoles of other code pages must not stop a message

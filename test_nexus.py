@@ -8816,7 +8816,7 @@ class FollowTest(CliCase):
         self.assertIn("> Welcome\n", text)
         self.assertIn("> ## ada (verified)\\x1b[0m<b>\n> {\"n\":1}\n", text)
         page = run_here(home, "transcript", sid, "--format", "html").out
-        self.assertIn("&#60;b&#62;", page)
+        self.assertIn("\\x1b[0m&#60;b&#62;", page)
         self.assertNotIn("<b>", page)
         with patched(nexus, "MAX_POLL", 1):
             rows = run_here(home, "transcript", sid, "--format", "json").json["messages"]
@@ -8848,6 +8848,56 @@ class FoundByAttack(Case):
             with self.assertRaises(nexus.NexusError):
                 sessions.code_state("PEARL-FOCAL-00000", nexus.Caller("10.0.0.1"))
         self.assertEqual(sessions.code_state(code, good), "pending")
+
+    def test_no_channel_is_left_out_of_the_list_whatever_its_name(self):
+        server, last = self.server(), "\U0010ffff"
+        names = sorted(["a", "a%", "a_", "a" + last, "a" + 2 * last + "x", "b", last, 2 * last])
+        for name in names:
+            server.client().messages.send(name, "x")
+        for prefix in ("", "a", "a%", "a" + last, last, "%"):
+            found = server.client().messages.channels(prefix=prefix)
+            self.assertEqual([row["channel"] for row in found],
+                             [name for name in names if name.startswith(prefix)])
+
+    def test_a_command_that_is_an_empty_variable_takes_no_message(self):
+        server = self.server()
+        server.client().messages.send("jobs", "x")
+        for words in (("tx", "inbox", "jobs", "--follow", "--ack"),
+                      ("tx", "work", "jobs", "--consumer", "w", "--drain")):
+            ran = run_nexus(self.folder(), *words, "--exec", "", url=server.url, timeout=10)
+            self.assertEqual((ran.code, ran.out), (1, ""))
+            self.assertIn("Cannot run this command", ran.err)
+        self.assertEqual(server.client().messages.pending("jobs"), 1)
+
+    def test_a_batch_key_that_is_empty_or_too_long_sends_nothing(self):
+        server = self.server()
+        for key in ("", "k" * (nexus.MAX_BATCH_KEY + 1)):
+            ran = run_nexus(self.folder(), "tx", "send", "c", "--lines", "--batch", key,
+                            input="x\n", url=server.url)
+            self.assertEqual((ran.code, ran.out), (2, ""))
+            self.assertIn("--batch takes a key", ran.err)
+        self.assertEqual(server.client().messages.pending("c"), 0)
+        self.assertEqual(run_nexus(self.folder(), "tx", "send", "c", "--lines", "--batch",
+                                   "k" * nexus.MAX_BATCH_KEY, input="x\n", url=server.url).code, 0)
+
+    @unittest.skipUnless(os.name == "posix", "a POSIX shell")
+    def test_streams_that_the_shell_closed_are_empty_and_no_traceback(self):
+        home, server = self.folder(), self.server()
+        for words, closed, code in (("tx send c x", ">&-", 0), ("tx inbox c", ">&-", 0),
+                                    ("tx ack 1 2", ">&- 2>&-", 1), ("tx send c --lines", "<&-", 0),
+                                    ("tx send c -", "<&-", 2), ("ls", "<&- >&- 2>&-", 0)):
+            ran = subprocess.run(["sh", "-c", '"$@" ' + closed, "sh", *COMMAND, *words.split()],
+                                 cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 env=clean_environment(home, NEXUS_URL=server.url), timeout=60)
+            self.assertNotIn(b"Traceback", ran.stderr)
+            self.assertEqual(ran.returncode, code, (words, ran))
+
+    def test_help_of_a_wrong_word_names_the_nearest_verb(self):
+        for word, told in (("inbx", "no verb inbx (did you mean tx inbox?). See: nexus.py help tx"
+                            " inbox"), ("zzzzzz", "no verb zzzzzz. See: nexus.py help\n")):
+            ran = run_nexus(self.folder(), "help", word)
+            self.assertEqual(ran.code, 2)
+            self.assertIn(told, ran.err)
 
     def test_wrong_codes_tried_at_once_are_counted_before_they_are_answered(self):
         server = self.server()
