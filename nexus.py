@@ -7209,6 +7209,8 @@ def news_line(row):
 
 def verb_news(args):
     """Tell what is new, a line for each session and --channel, never the texts; made for hooks"""
+    if args.once == "":
+        raise Usage("--once takes a key, such as the id of the agent's session; it is empty")
     rows, lost = look_around(args, State().told(args.once) if args.once else {})
     last = dict(row.pop("told") for row in rows)
     if args.json:

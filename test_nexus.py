@@ -8899,6 +8899,12 @@ class FoundByAttack(Case):
             self.assertEqual(ran.code, 2)
             self.assertIn(told, ran.err)
 
+    def test_news_under_an_empty_key_would_be_told_for_ever_and_is_refused(self):
+        ran = run_nexus(self.folder(), "news", "--channel", "c", "--once", "",
+                        url=self.server().url)
+        self.assertEqual((ran.code, ran.out), (2, ""))
+        self.assertIn("--once takes a key", ran.err)
+
     def test_wrong_codes_tried_at_once_are_counted_before_they_are_answered(self):
         server = self.server()
         calls = [Started(server.call, "GET", "/v1/pair/PEARL-FOCAL-00000/status")
