@@ -171,7 +171,7 @@ LONGEST_PAUSE = 30              # seconds between tries of who follows, doubling
 LONGEST_DELAY = 300             # seconds until a worker's failed message comes again, from 1
 WORKER_WAIT = 1                 # seconds that an idle worker waits at a time: Ctrl-C takes as long
 ENVIRON_BYTES = 30000           # of one variable of a command: Windows takes 32,767
-NEWS_SECONDS = 0.8              # for a look by `news`, so that a hook is over within a second
+NEWS_SECONDS = 0.6              # for a look by `news`: with its start a hook is over in a second
 NEWS_MESSAGES = 100             # that such a look counts
 TOLD_SECONDS = 7 * 86400        # what `news --once KEY` has told is remembered this long
 CLIENT_BACKOFF = 0.2            # seconds before the second try; doubles; jitter of +-50 %
@@ -6676,8 +6676,8 @@ class Commands:
     def _stop(self, *_):
         self.signals += 1
         self.stopping.set()
-        if self._running and self.signals == 1:
-            tip("What runs may finish; Ctrl-C again ends it.")
+        if self.busy and self.signals == 1:
+            tip("Stopping when what runs has finished; Ctrl-C again ends it.")
         for process in list(self._running) if self.signals > 1 else ():
             try:
                 if os.name != "posix":
@@ -6859,7 +6859,7 @@ def until_stopped(work):
         return 0
 
 
-def consumer(args, show):
+def consumer_of(args, show):
     """What a loop of --follow does with (a message, its number, what is to be done after it)."""
     if getattr(args, "exec", None) is not None:     # "", a variable that is not set, is refused
         return Commands(args.exec).consume
@@ -6873,7 +6873,7 @@ def consumer(args, show):
 def follow_session(args, client, session_id):
     """Show what comes, a line for each message; the saved cursor moves after each line."""
     state, agent_id = State(), agent_of(args, session_id)
-    consume = consumer(args, lambda message: put(sys.stdout, message_line(message))
+    consume = consumer_of(args, lambda message: put(sys.stdout, message_line(message))
                        if sys.stdout.isatty() else say(message))
     for answer in client.follow(session_id, agent_id, state.cursor(session_id, args.after)):
         adopt(client, session_id)
@@ -7143,7 +7143,7 @@ def age(text):
     return "%d %s" % (seconds // size, unit)
 
 
-def look(args, told, kind, name, wait=0):
+def look_at(args, told, kind, name, wait=0):
     """(what others left in a session or channel, not yet read nor told, or None; what went wrong).
 
     A look is all it is: no cursor moves, and to the server nobody was here. A greeting, whose
@@ -7184,7 +7184,7 @@ def look_around(args, told):
     lost = None
     while True:
         found = [each or (None, NexusError("unreachable", "No answer in time.", status=503))
-                 for each in side_by_side(lambda place: look(args, told, *place), places,
+                 for each in side_by_side(lambda place: look_at(args, told, *place), places,
                                           NEWS_SECONDS)]
         rows, left = [row for row, _ in found if row], ends - time.monotonic()
         if lost is None:
@@ -7194,8 +7194,8 @@ def look_around(args, told):
             time.sleep(1)
         if rows or left <= 0 or not places:
             return rows, lost
-        side_by_side(lambda place: look(args, told, *place, wait=min(MAX_WAIT, int(left) + 1))[0],
-                     places, left, race=True)
+        wait = min(MAX_WAIT, int(left) + 1)
+        side_by_side(lambda place: look_at(args, told, *place, wait=wait)[0], places, left, True)
 
 
 def news_line(row):
@@ -7492,7 +7492,7 @@ def tx_send(messages, args):
 
 def follow_channel(messages, args):
     """Show what is pending, then what comes; with --ack each is acknowledged once it is out."""
-    consume = consumer(args, lambda row: say(row) if args.json else
+    consume = consumer_of(args, lambda row: say(row) if args.json else
                        put(sys.stdout, row_text(row)))
     for row in messages.follow(args.channel, args.after or 0, sender=args.sender,
                                correlation_id=args.correlation, include_acked=args.include_acked):
@@ -7638,8 +7638,8 @@ class Worker(Commands):
         try:
             while True:
                 page = self._take(done)
-                for result in page.results:
-                    if not result["ok"]:
+                for result in page.results:     # acked already: the answer to that was lost
+                    if not result["ok"] and result["error"] != "message_already_acked":
                         tip("Message %s: %s" % (result["id"], result["message"]))
                 done = [{"id": row["id"], "leaseToken": row["leaseToken"]} for row in page
                         if self._work_on(row)]
@@ -7674,7 +7674,11 @@ class Worker(Commands):
                     % (row["id"], code, row["attempts"], delay))
         finally:
             if code != 0 and row["leaseToken"]:
-                self._release(row, delay)
+                try:
+                    self.client.insist(lambda: self.messages.release(
+                        row["id"], row["leaseToken"], delay))
+                except NexusError as refusal:
+                    tip("Message %d was not given back: %s" % (row["id"], refusal.message))
         return code == 0 and row["leaseToken"] is not None
 
     def _extend(self, row):
@@ -7687,12 +7691,6 @@ class Worker(Commands):
                 return self.seconds / 8     # the server is away: soon again
             tip("Message %d: %s" % (row["id"], refusal.message))
             row["leaseToken"] = None
-
-    def _release(self, row, delay):
-        try:
-            self.client.insist(lambda: self.messages.release(row["id"], row["leaseToken"], delay))
-        except NexusError as refusal:
-            tip("Message %d was not given back: %s" % (row["id"], refusal.message))
 
 
 def tx_work(messages, args):

@@ -6439,7 +6439,7 @@ class News(CliCase):
         new = ({"new": 1}, None)
         steps = {"x": iter([over, lost, lost, lost, new]), "y": iter([lost])}
         naps = []
-        with patched(nexus, "look", lambda args, told, kind, name, wait=0: next(steps[name])), \
+        with patched(nexus, "look_at", lambda args, told, kind, name, wait=0: next(steps[name])), \
                 patched(nexus, "time", type("", (), {"sleep": naps.append,
                                                      "monotonic": time.monotonic})):
             self.assertEqual(nexus.look_around(args, {}), ([{"new": 1}], [lost[1]]))
@@ -6519,7 +6519,7 @@ class CommandCase(CliCase):
         return ["pending" if acked is None else "acked"] + rest
 
 
-ENDS = "What runs may finish; Ctrl-C again ends it.\n"
+ENDS = "Stopping when what runs has finished; Ctrl-C again ends it.\n"
 # A command that waits for the file `go`, but not for ever: nobody may be left to make it.
 WAIT = "n=0; while [ %s ] && [ $n -lt 500 ]; do sleep 0.02; n=$((n + 1)); done; "
 HOLD = "touch began.$NEXUS_MESSAGE_ID; " + WAIT % "! -e go"
@@ -6551,7 +6551,7 @@ class FollowWithCommand(CommandCase):
         until(lambda: self.cursor() == "1")
         self.s.send(self.sid, "bob", "two")
         until(lambda: self.cursor() == "3")
-        self.assertEqual(self.end(process, how=signal.SIGTERM), ("", ""))
+        self.assertIn(self.end(process, how=signal.SIGTERM), (("", ""), ("", ENDS)))
         rows = [json.loads(line) for line in self.read("got").splitlines()]
         self.assertEqual([(row["text"], row["agentId"], row["cursor"]) for row in rows],
                          [("one \u2603\0", "bob", "1"), ("two", "bob", "3")])
@@ -6666,7 +6666,8 @@ class Work(CommandCase):
         worker = object.__new__(nexus.Worker)
         delays, worker.stopping, worker.seconds, worker.signals = [], threading.Event(), 60, 0
         worker.run, worker.client = lambda *_: 1, nexus.Client()
-        worker._release = lambda row, delay: delays.append(delay)
+        worker.messages = worker.client.messages
+        worker.messages.release = lambda number, token, delay: delays.append(delay)
         with patched(nexus, "tip", lambda text: None), \
                 patched(nexus, "environment_of", lambda *_: {}):
             for attempts in (1, 5, 9, 10, 99999):
@@ -6706,7 +6707,7 @@ class Work(CommandCase):
     def test_a_worker_that_is_idle_ends_at_once_and_holds_nothing(self):
         process = self.work("true", "--parallel", 3)
         until(lambda: self.s.store.waiters.parked == 3)
-        self.assertEqual(self.end(process, how=signal.SIGTERM), ("", ""))
+        self.assertEqual(self.end(process, how=signal.SIGTERM), ("", ENDS))
 
     def test_of_two_commands_at_a_time_none_waits_for_the_other(self):
         ids = [self.send(), self.send()]
@@ -6765,7 +6766,7 @@ class Work(CommandCase):
             until(lambda: self.row(number)[3] > ends)
         self.put("go")
         until(lambda: self.row(number)[0] == "acked")
-        self.assertEqual(self.end(process, how=signal.SIGINT), ("", ""))
+        self.assertEqual(self.end(process, how=signal.SIGINT), ("", ENDS))
         self.assertEqual(self.row(number)[1], 1)
 
     def test_a_lost_lease_is_told_and_its_result_dropped(self):
@@ -6783,7 +6784,7 @@ class Work(CommandCase):
                 line = self.line(process)
             self.assertRegex(line, "^Message %d: .*%s" % (number, told))
             until(lambda: self.s.store.waiters.parked)
-            self.assertEqual(self.end(process, how=signal.SIGINT), ("", ""))
+            self.assertEqual(self.end(process, how=signal.SIGINT), ("", ENDS))
             self.assertEqual(self.row(number)[:3], ["pending", 2, row["leaseToken"]])
             self.messages.ack(number, row["leaseToken"])
             os.unlink(os.path.join(self.home, "go"))
@@ -6801,7 +6802,7 @@ class Work(CommandCase):
         client.send(self.channel, "two")
         until(lambda: not client.pending(self.channel), 30)
         again.stop()
-        self.assertEqual(self.end(process, how=signal.SIGINT), ("", ""))    # or in a pause
+        self.assertEqual(self.end(process, how=signal.SIGINT), ("", ENDS))    # or in a pause
 
     def test_a_worker_that_stops_while_the_server_is_away_still_acknowledges(self):
         (number, tries), worker = (self.send(), []), self.worker()
