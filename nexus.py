@@ -4932,6 +4932,9 @@ class ServerLogic:
             self._forget(connection)
             self._refuse(request)
 
+    def shutdown_request(self, request):
+        """Leave it open: Ctrl-C may come when the connection's own thread is answering already."""
+
     def _run(self, connection):
         try:
             connection.run()

@@ -7719,6 +7719,19 @@ class ServeProcess(ServeCase):
             with open(path, "rb") as file:
                 self.assertIn(b"kept for good", file.read())
 
+    def test_a_signal_while_a_connection_is_begun_leaves_its_answer_alone(self):
+        class Interrupted(threading.Thread):
+            def start(self):
+                super().start()
+                raise KeyboardInterrupt     # as a signal's handler does, wherever it is called
+        server = nexus.make_server(nexus.Settings({"db": ":memory:", "port": 0}))
+        self.addCleanup(server.stop)
+        with socket.create_connection(("127.0.0.1", server.server_port), 10) as sock:
+            with patched(threading, "Thread", Interrupted), self.assertRaises(KeyboardInterrupt):
+                server.handle_request()
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            self.assertEqual(sock.recv(12), b"HTTP/1.1 200")
+
     def test_it_says_where_it_is_warns_of_a_visible_token_and_memory_leaves_no_file(self):
         folder = self.folder()
         process = self.begin("--db", ":memory:", "--token", "not-" + "secret", folder=folder)
