@@ -198,7 +198,10 @@ def duration(text, whole=True, bare="s"):
 
 
 Setting = collections.namedtuple("Setting", "name default low help kind", defaults=(int,))
-Setting.__doc__ = """One option of `serve`: a default of None is a path or text, False a switch."""
+Setting.__doc__ = """One option of `serve`: a default of None is a path or text, False a switch.
+
+`kind` reads a number, or is the word that a switch takes besides 1 and 0.
+"""
 
 SETTINGS = (
     Setting("host", "127.0.0.1", None, "address to listen on"),
@@ -237,6 +240,8 @@ SETTINGS = (
     Setting("trust_proxy", False, None, "believe X-Forwarded-For and X-Forwarded-Proto"),
     Setting("quiet", False, None, "print nothing but errors"),
     Setting("verbose", False, None, "print a line for each request"),
+    Setting("explain", False, None, "comment on all that the server does; --explain=all shows"
+            " contents too", "all"),
 )
 
 
@@ -271,10 +276,10 @@ class Settings:
         flag = "--" + row.name.replace("_", "-")
         if isinstance(row.default, bool):
             word = str(value).lower()
-            if word not in ON + OFF:
-                raise ValueError("%s (%s) is a switch, 1 or 0, not %r"
-                                 % (flag, environment_name(row), value))
-            return word in ON
+            if word not in ON + OFF + (row.kind,):
+                raise ValueError("%s (%s) is a switch, 1 or 0%s, not %r" % (
+                    flag, environment_name(row), " or all" if row.kind == "all" else "", value))
+            return word if word == row.kind else word in ON
         if not isinstance(row.default, int):
             return str(value)
         try:
@@ -662,16 +667,34 @@ def one_line(text, limit=200):
     return re.sub(r"[^\x20-\x7e\u00a1-\u1fff]", "?", str(text)[:limit])
 
 
+def masked(text):
+    """Text of the wire without the session keys in it; who has one speaks for its agent."""
+    return re.sub('("(?:sessionKey|session_key)" *: *")[^"]+', r"\1...", text)
+
+
 class Log:
     """Lines on stderr, with the time; what comes from outside cannot forge a second one.
 
     A server starts a thread that writes them: a pipe that nobody reads must stop nobody.
     LOG_LINES wait at the most; how many were lost beyond is said when there is room again.
+    `explains` is --explain: False, True or "all". Where it costs, it is asked before tell().
     """
+
+    explains = False
 
     def __init__(self):
         self._lines = self._thread = None
         self._lost = 0
+
+    def tell(self, line, who=None):
+        """A line of --explain's commentary; `who` is a request, by default this thread's."""
+        if self.explains:
+            self("%-12s %s" % (who or threading.current_thread().name, line))
+
+    def show(self, what, content):
+        """What only --explain=all tells: contents, after redaction."""
+        if self.explains == "all":
+            self.tell("%s: %s" % (what, masked(content)))
 
     def __call__(self, line):
         line = "%s %s\n" % (time.strftime("%Y-%m-%d %H:%M:%S"), one_line(line, 500))
@@ -1300,7 +1323,7 @@ class Pending:
     thread sleeps once for each message, for the next one, and not twice.
     """
 
-    __slots__ = ("_db", "job", "_then", "_done", "weight", "result", "error")
+    __slots__ = ("_db", "job", "_then", "_done", "weight", "result", "error", "who")
 
     def __init__(self, db, job, then=lambda result: result, weight=1):
         self._db, self.job, self._then = db, job, then
@@ -1582,6 +1605,7 @@ class Database:
         looks at the queue again after letting go. Who comes while a thread is committing a second
         batch waits to relieve it; that thread has a client of its own.
         """
+        write.who = log.explains and threading.current_thread().name
         self._queue.append(write)
         wait, self._relieve = self._relieve, False
         self._commit_all(wait)
@@ -1627,10 +1651,14 @@ class Database:
                     if db.total_changes != before:
                         raise _Spoiled() from refusal
                     write.error = refusal
-            at_work = False
+            at_work, began = False, time.perf_counter()
             db.execute("COMMIT")
             if db.total_changes != before_all:  # a commit of nothing writes nothing
                 self.commits += 1
+                if log.explains:
+                    log.tell("commit %d holds %d write(s), for %s; the disk had it after %.1f ms" % (
+                        self.commits, len(batch), ", ".join(write.who for write in batch),
+                        1000 * (time.perf_counter() - began)))
                 self.writes += len(batch)
                 self.fault = None
         except BaseException as trouble:
@@ -1825,6 +1853,7 @@ class Waiters:
         if place in self._places:       # no lock: who registers after this line looks after it too
             with self._lock:
                 bells = self._places.pop(place, ())
+            log.tell("woke %d who waited at this %s" % (len(bells), place[0]))
             for bell in bells:
                 bell.ring()
 
@@ -1852,7 +1881,9 @@ class Waiters:
                     caller.gone = True
                 if found or left <= 0 or bell.gone or self.closed:
                     return found
+                log.tell("nothing there: parked at this %s, for %.1f s more" % (place[0], left))
                 bell.wait(min(left, due()) if due else left)
+                log.tell("woken, or time to look again")
         finally:
             self._leave(place, bell, caller)
 
@@ -2751,8 +2782,10 @@ class Channels:
 
     def settle(self):
         """Make free or dead whatever was leased or delayed until now."""
-        sum(self.db.work_off("SELECT id FROM messages WHERE " + RUN_OUT, (self.clock.now(),),
-                             self._settle))
+        ended = sum(self.db.work_off("SELECT id FROM messages WHERE " + RUN_OUT,
+                                     (self.clock.now(),), self._settle))
+        if ended:
+            log.tell("%d lease(s) or delay(s) have ended: free again, or dead" % ended)
 
     def _apply_max_attempts(self):
         """Who is dead depends on a setting: after a start with another one, decide again."""
@@ -3000,6 +3033,7 @@ class Store:
         start = written = began
         for count in itertools.chain(self.sessions.sweep(), self.channels.sweep()):
             deleted += count
+            log.tell("%d message(s), session(s) or code(s) have expired: deleted" % count)
             self._clean_wal()
             if time.perf_counter() - written > SWEEP_SECONDS:   # a run may be long, a crash must
                 self.sessions.write_activity()                  # cost a second
@@ -3022,6 +3056,7 @@ class Store:
             clean = False
             try:
                 clean = self.db.scrub()
+                log.tell("moved the log into the database: deleted is gone from the disk, too")
             finally:                            # a full disk raises: then it is still there
                 self.db.unscrubbed = not clean or self.db.unscrubbed
                 self._scrubbed_at = self.clock.monotonic()
@@ -3539,6 +3574,8 @@ def perform(call):
     call.body = call.caller.receive(call)               # 413 payload_too_large, 503 server_busy
     gather_body(call, found, inputs)                    # 400 invalid_body
     arguments = validate(found, inputs, call.app.settings)      # 400 invalid_request
+    if log.explains:
+        log.tell("passed every check: %s(%s) may run" % (found.name, ", ".join(arguments)))
     return found, found.function(call, **arguments)
 
 
@@ -3551,6 +3588,8 @@ def blackout(call, value):
     if types:
         with call.app.lock:
             call.app.redacted += 1
+        log.tell("blacked out: " + ", ".join(types))
+    log.show("what is stored", value if isinstance(value, str) else to_json(value))
     return value, types
 
 
@@ -4620,6 +4659,9 @@ class Connection(Caller):
         call = Call(self.server.app, self, request)
         call.id, call.began = self.server.next_request()
         self._believe_proxy(call)
+        if log.explains:
+            threading.current_thread().name = call.id       # the name under which it is told of
+            log.tell("received %s %s from %s" % (call.method, self._route(call), self.address))
         return call
 
     def _serve_one(self):
@@ -4676,6 +4718,11 @@ class Connection(Caller):
         self._send(head if call.method == "HEAD" else head + payload)
         if self.settings.verbose:
             self._log(call, status)
+        if log.explains:
+            why = error and ", %s" % getattr(error, "code", "internal_error") or ""
+            log.tell("answered %d%s: %d bytes, %.1f ms after its head" % (
+                status, why, len(payload), 1000 * (time.monotonic() - call.began)), call.id)
+            log.show("the answer", payload.decode())
 
     def _skip_body(self, call):
         """Drop a body that was refused unread, if it is here; False if there is more to come."""
@@ -4809,11 +4856,15 @@ class Connection(Caller):
         while left > 0:
             left -= len(self._receive(deadline))
 
+    @staticmethod
+    def _route(call):
+        """The operation that is asked for: no id, no code, no key, no text."""
+        return route_of(call.path) if call.path else "(not HTTP)"
+
     def _log(self, call, status):
-        """A line that names the operation and never an id, a code, a key or a text."""
         log("%s %s %d %.1f ms from %s %s" % (
-            call.method, route_of(call.path) if call.path else "(not HTTP)", status,
-            1000 * (time.monotonic() - call.began), self.address, call.id))
+            call.method, self._route(call), status, 1000 * (time.monotonic() - call.began),
+            self.address, call.id))
 
     def watch(self, bell):
         """Have the watchman ring the bell when this client hangs up."""
@@ -5134,6 +5185,7 @@ def serve(settings):
     raise_file_limit(settings)
     threading.stack_size(STACK_BYTES)
     log.start()
+    log.explains = settings.explain
     server = make_server(settings)
     stay_on_one_core()
     ask_linux()
@@ -5146,6 +5198,8 @@ def serve(settings):
             if any(word.partition("=")[0] == "--token" for word in sys.argv):
                 sys.stderr.write("Everybody on this machine can read --token in `ps`:"
                                  " NEXUS_TOKEN or --token-file keep it secret.\n")
+            if settings.explain == "all":
+                sys.stderr.write("--explain=all: whoever reads this can read every message.\n")
         print(json.dumps({"url": server.url, "pid": os.getpid()}), flush=True)
         server.serve_forever()
     except KeyboardInterrupt:
@@ -8171,7 +8225,7 @@ def age_in_hours(text):
 
 
 Flag = collections.namedtuple("Flag", "kind help needed", defaults=(False,))
-FLAGS = {       # kind: bool is a switch, others read a value
+FLAGS = {       # kind: bool is a switch, None one that takes =0 and =1, others read a value
     "--url": Flag(str, "server URL (default: the session's, NEXUS_URL, config, %s)" % DEFAULT_URL),
     "--ca": Flag(str, "file of certificates to trust (NEXUS_CA)"),
     "--pin": Flag(str, "SHA-256 of the one certificate to trust (NEXUS_PIN)"),
@@ -8303,7 +8357,7 @@ def flags_of(name):
     """The flags that a verb knows: {"--ttl": Flag, ...}."""
     if name == "serve":
         return {"--" + row.name.replace("_", "-"): Flag(
-            bool if row.default is False else str, "%s (default: %s; %s)" % (
+            None if row.default is False else str, "%s (default: %s; %s)" % (
                 row.help, row.default, environment_name(row))) for row in SETTINGS}
     return {flag.rstrip("!="): FLAGS[flag.rstrip("!")]._replace(needed="!" in flag)
             for flag in VERBS[name].flags.split() + list(COMMON)}
@@ -8331,6 +8385,8 @@ def make_parser(name):
     for flag, row in flags_of(name).items():
         if row.kind is bool:
             parser.add_argument(flag, action="store_true", default=None, help=row.help)
+        elif row.kind is None:
+            parser.add_argument(flag, nargs="?", const="1", help=row.help, metavar="0|1")
         elif row.kind is list:
             parser.add_argument(flag, action="append", help=row.help, metavar="NAME")
         else:
@@ -8354,7 +8410,7 @@ def arrange(words):
         if word == "--":
             rest.extend(words)
         elif flag in known and not (equals and known[flag].kind is bool):
-            value = [] if equals or known[flag].kind is bool else [next(words, None)]
+            value = [] if equals or known[flag].kind in (bool, None) else [next(words, None)]
             flags.append("=".join([word] + [text for text in value if text is not None]))
         elif not rest and any((verb + " ").startswith(longer + " ") for verb in VERBS):
             name = longer
