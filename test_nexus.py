@@ -162,6 +162,17 @@ def between(thing, name, act, before=False, skip=0):
 Answer = collections.namedtuple("Answer", "status headers json text")
 
 
+class Lines(nexus.Log):
+    """A log that keeps its lines in a list."""
+
+    def __init__(self, lines):
+        super().__init__()
+        self._kept = lines
+
+    def __call__(self, line):
+        self._kept.append(line)
+
+
 class Server:
     """A nexus server in this process on a free port; use as a context manager or stop() it.
 
@@ -184,7 +195,7 @@ class Server:
             nexus.Store.start = start
         self.store, self.app = self.server.app.store, self.server.app
         self.port, self.url = self.server.server_port, self.server.url
-        self._log, nexus.log = nexus.log, self.lines.append
+        self._log, nexus.log = nexus.log, Lines(self.lines)
         self._thread = threading.Thread(target=self.server.serve_forever, args=(0.004,),
                                         daemon=True)    # seconds that shutdown() may take
         self._thread.start()
@@ -7731,6 +7742,47 @@ class ServeProcess(ServeCase):
                 server.handle_request()
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
             self.assertEqual(sock.recv(12), b"HTTP/1.1 200")
+
+    def test_explain_tells_each_step_and_contents_only_when_asked(self):
+        secret = "hunter2" + "xyz"
+        for flag in ("--explain", "--explain=all"):
+            process = self.begin(flag)
+            client = nexus.Client(process.url)
+            made = client.create(creator_agent_id="ada")
+            waiting = Started(client.poll, made["sessionId"], "ada", wait=60)
+            until(lambda: client.stats()["waiters"])
+            client.send(made["sessionId"], "ada", "flour and password=" + secret)
+            self.assertEqual(len(waiting.result()["messages"]), 1)
+            client.messages.send("over", "soon", ttl_seconds=1)
+            client.messages.send("jobs", "one")
+            client.messages.lease("jobs", "worker", lease_seconds=1)
+            with self.assertRaises(nexus.NexusError):
+                client.messages.ack(99)
+            self.assertEqual(len(client.messages.lease("jobs", "worker", wait=20)), 1)
+            until(lambda: client.stats()["lastExpiry"]["at"])
+            text = self.end(process)
+            for told in (
+                    r"-1 +received PUT /v1/sessions from 127\.0\.0\.1\n",
+                    r"-1 +passed every check: create_session\(creator_agent_id\) may run\n",
+                    r"-1 +commit 2 holds 1 write\(s\), for \w+-1; the disk had it after [0-9.]+ ms",
+                    r"-1 +answered 201: \d+ bytes, [0-9.]+ ms after its head\n",
+                    r"-\w+ +nothing there: parked at this session, for (60|59)\.\d s more\n",
+                    r"blacked out: password\n", r"woke 1 who waited at this session\n",
+                    r"answered 404, message_not_found: ", r"nexus-expiry +1 message\(s\), session",
+                    r"1 lease\(s\) or delay\(s\) have ended: free again, or dead\n"):
+                self.assertRegex(text, told)
+            self.assertEqual("flour" in text, flag == "--explain=all")
+            self.assertEqual("can read every message" in text, flag == "--explain=all")
+            for hidden in (secret, made["sessionKey"]):
+                self.assertNotIn(hidden, text)
+        ran = run_here(self.folder(), "serve", "--explain=loud")
+        self.assertEqual(ran.code, 2)
+        self.assertIn("1 or 0 or all", ran.json["message"])
+
+    def test_a_switch_in_the_environment_can_be_turned_off_by_its_flag(self):
+        process = self.begin("--db", ":memory:", "--explain=0", NEXUS_EXPLAIN="1")
+        nexus.Client(process.url).health()
+        self.assertNotIn("received", self.end(process))
 
     def test_it_says_where_it_is_warns_of_a_visible_token_and_memory_leaves_no_file(self):
         folder = self.folder()
