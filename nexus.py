@@ -175,6 +175,7 @@ NEWS_SECONDS = 0.6              # for a look by `news`: with its start a hook is
 NEWS_MESSAGES = 100             # that such a look counts
 TOLD_SECONDS = 7 * 86400        # what `news --once KEY` has told is remembered this long
 CLIENT_BACKOFF = 0.2            # seconds before the second try; doubles; jitter of +-50 %
+TRACE_CHARACTERS = 4000         # of a request or an answer that --trace shows: two screens
 LINE_BYTES = 4 * 1024 * 1024    # in one line on stdin, of JSON-RPC or of messages
 STDIN_BYTES = 65536             # read of such lines at a time; 16 times as many wait to be sent
 PROGRESS_SECONDS = 0.2          # between two looks of who waits for them
@@ -5258,10 +5259,10 @@ class _Fields(dict):
 
 
 class Answer:
-    """What came back: status, headers (lower-case names), body bytes."""
+    """What came back: status, headers (lower-case names), body bytes; `head` as it came."""
 
     def __init__(self, stream):
-        self.status = 100
+        self.status, self.head = 100, b""
         while self.status == 100:               # Continue: the answer proper is still to come
             self._read_head(stream)
         # May another request go over this connection? Not where its end is the answer's end.
@@ -5275,13 +5276,14 @@ class Answer:
             self.body = stream.read()
 
     def _read_head(self, stream):
-        line = stream.readline(65536)
+        line = self.head = stream.readline(65536)
         parts = line.split(None, 2)
         if len(parts) < 2 or not parts[0].startswith(b"HTTP/") or not parts[1].isdigit():
             raise ConnectionError("what came back is not HTTP" if line else "it hung up")
         self.status, self.headers = int(parts[1]), {}
         while line.endswith(b"\n"):
             line = stream.readline(65536)
+            self.head += line
             name, colon, value = line.decode("latin-1").partition(":")
             if not colon:
                 break
@@ -5432,23 +5434,26 @@ def _is_quiet(sock):
 class Line:
     """The way to one server: connections are kept for the next request, threads may share it.
 
-    A deque's pop and append are one step each, so it needs no lock.
+    A deque's pop and append are one step each, so it needs no lock. `trace` is called with the
+    line, the request's bytes, the Answer or the trouble, and the seconds in between: see --trace.
     """
 
+    trace = None
+
     def __init__(self, address, ca=None, pin=None):
-        self.address, self._ca, self._pin = address, ca, pin
+        self.address, self.ca, self.pin = address, ca, pin
         self._idle = collections.deque()        # (connection, when it was put here)
 
     def _open(self, ends):
         address, context = self.address, None
         if address.secure:
-            context = _client_context(self._ca, self._pin)
+            context = _client_context(self.ca, self.pin)
         sock = _connect(address, _left(ends))
         try:
             if context:
                 sock = context.wrap_socket(sock, server_hostname=address.host,
                                            do_handshake_on_connect=False)
-                _shake_hands(sock, address, ends, self._pin)
+                _shake_hands(sock, address, ends, self.pin)
         except BaseException as trouble:
             sock.close()
             if isinstance(trouble, OSError):
@@ -5488,12 +5493,13 @@ class Line:
 
     def _ask(self, sock, data, ends):
         address, sent, keep = self.address, bool(sock), False
+        began, came = time.monotonic(), None
         try:
             sock = sock or self._open(ends)
             sent = True
             sock.settimeout(_left(ends))
             sock.sendall(data)
-            answer = Answer(io.BufferedReader(_Until(sock, ends)))
+            came = answer = Answer(io.BufferedReader(_Until(sock, ends)))
             if answer.status == 400 and re.match(rb'[^{]|{"error":"bad_request"', answer.body):
                 check_scheme(address, ends)     # what servers of TLS say to a request in clear
             keep = answer.may_follow and len(self._idle) < KEEP_IDLE
@@ -5502,8 +5508,11 @@ class Line:
             if sock:
                 check_scheme(address, ends)
             reason = getattr(trouble, "strerror", None) or str(trouble) or type(trouble).__name__
-            raise Unreachable(address.url, reason, sent) from None
+            came = Unreachable(address.url, reason, sent)
+            raise came from None
         finally:
+            if self.trace and came:
+                self.trace(data, came, time.monotonic() - began)
             if keep:
                 self._idle.append((sock, time.monotonic()))
             elif sock:
@@ -6541,7 +6550,7 @@ def hang_up():
 
 
 def painted(stream, style, text):
-    """Text in another style (1 bold, 2 dim) if it goes to a terminal that can show it."""
+    """Text in another style (1 bold, 2 dim, 31 red, 32 green, 36 cyan) if it goes to a terminal that can show it."""
     plain = os.environ.get("NO_COLOR") or not stream.isatty() or (
         os.name == "nt" and "WT_SESSION" not in os.environ)     # older consoles print the codes
     return text if plain else "\x1b[%dm%s\x1b[0m" % (style, text)
@@ -6587,6 +6596,40 @@ def local(stream, when):
 def zone(stream):
     """What is said once behind local times."""
     return ", times in " + time.strftime("%Z") if stream.isatty() else ""
+
+
+def as_curl(line, data):
+    """A request's bytes as a curl command; keys are left to the variables NEXUS_KEY and _TOKEN."""
+    head, _, body = data.decode("utf-8", "replace").partition("\r\n\r\n")
+    (first, host, *headers), words = head.split("\r\n"), ["curl", "-sS"]
+    method, path, _ = first.split(" ")
+    if line.ca or line.pin:
+        words += ["--cacert", shlex.quote(line.ca)] if line.ca else ["--insecure"]
+    words += ["-X " + method] * (method != "GET") + [shlex.quote("%s://%s%s" % (
+        line.address.scheme, host.partition(" ")[2], path))]
+    for header in headers:
+        name, _, value = header.partition(": ")
+        secret = {"X-Session-Key": "$NEXUS_KEY", "Authorization": "Bearer $NEXUS_TOKEN"}.get(name)
+        if name not in ("Accept", "Content-Length"):
+            words += ["-H", '"%s: %s"' % (name, secret) if secret else shlex.quote(header)]
+    return " ".join(words + ["--data-raw " + shlex.quote(body)] * bool(body))
+
+
+def show_exchange(line, data, came, seconds):
+    """--trace: a request and its answer as they went over the wire, and as a curl command."""
+    def lines(style, sign, text):
+        text = re.sub("(X-Session-Key: |Authorization: Bearer ).*", r"\1...", masked(text))
+        for each in text[:TRACE_CHARACTERS].rstrip("\r\n").split("\n"):
+            put(sys.stderr, painted(sys.stderr, style, sign + visible(each.rstrip("\r"))))
+        if len(text) > TRACE_CHARACTERS:
+            put(sys.stderr, sign + "... %d characters in all" % len(text))
+    lines(36, "> ", data.decode("utf-8", "replace"))
+    put(sys.stderr, "  %.1f ms" % (1000 * seconds))
+    if isinstance(came, Answer):
+        lines(32, "< ", (came.head + came.body).decode("utf-8", "replace"))
+    else:
+        lines(31, "< ", "nothing: " + came.message)
+    put(sys.stderr, painted(sys.stderr, 2, "$ " + visible(as_curl(line, data))))
 
 
 def say(value):
@@ -8230,6 +8273,7 @@ FLAGS = {       # kind: bool is a switch, None one that takes =0 and =1, others 
     "--ca": Flag(str, "file of certificates to trust (NEXUS_CA)"),
     "--pin": Flag(str, "SHA-256 of the one certificate to trust (NEXUS_PIN)"),
     "--insecure": Flag(bool, "let keys go over plain http to other machines (NEXUS_INSECURE)"),
+    "--trace": Flag(bool, "show on stderr what goes over the wire, and as curl (NEXUS_TRACE)"),
     "--db": Flag(str, "database file (NEXUS_DB)"),
     "--agent-id": Flag(str, "who you are; remembered after join, claim and create"),
     "--home": Flag(str, "folder to use instead of ~/.config/messaging (NEXUS_HOME)"),
@@ -8277,7 +8321,7 @@ FLAGS = {       # kind: bool is a switch, None one that takes =0 and =1, others 
     "--json": Flag(bool, "print JSON"),
     "--json=": Flag(str, "JSON payload"),               # what send means by it
 }
-COMMON = ("--url", "--home", "--ca", "--pin", "--insecure")
+COMMON = ("--url", "--home", "--ca", "--pin", "--insecure", "--trace")
 HELP = ("-h", "--help")
 Verb = collections.namedtuple("Verb", "run arguments flags example")
 # arguments: NAME is needed, [NAME] is not, NAME... takes the rest of the words, dashes and all.
@@ -8525,6 +8569,8 @@ def run(name, flags, rest):
     args = make_parser(name).parse_args(flags + (["--"] + rest if rest else []))
     if getattr(args, "home", None):
         os.environ["NEXUS_HOME"] = args.home
+    if getattr(args, "trace", None) or os.environ.get("NEXUS_TRACE", "").lower() in ON:
+        Line.trace = show_exchange
     if name.startswith("tx "):
         return VERBS[name].run(connect(args).messages, args)
     return VERBS[name].run(args)

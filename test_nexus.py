@@ -5521,7 +5521,8 @@ class FlagsAndHelp(CliCase):
             arguments = ["7" if "ID" in word else "x" for word in verb.arguments.split()]
             words = name.split()
             for flag, row in nexus.flags_of(name).items():
-                given, wanted = ([flag], True) if row.kind is bool else ([flag, "5"], row.kind("5"))
+                given, wanted = ([flag], True) if row.kind is bool else \
+                    ([flag], "1") if row.kind is None else ([flag, "5"], row.kind("5"))
                 given = given + ["%s=5" % other for other, more in nexus.flags_of(name).items()
                                  if more.needed and other != flag]
                 for line in (words + arguments + given, words + given + arguments,
