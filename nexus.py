@@ -70,6 +70,7 @@ futures = Later("concurrent.futures", "futures")
 hashlib = Later("hashlib")
 hmac = Later("hmac")
 http_server = Later("http.server", "http_server")
+inspect = Later("inspect")
 itertools = Later("itertools")
 py_compile = Later("py_compile")
 queue = Later("queue")
@@ -84,6 +85,7 @@ ssl = Later("ssl")
 struct = Later("struct")
 subprocess = Later("subprocess")
 tempfile = Later("tempfile")
+textwrap = Later("textwrap")
 threading = Later("threading")
 unicodedata = Later("unicodedata")
 urllib_parse = Later("urllib.parse", "urllib_parse")
@@ -175,6 +177,8 @@ NEWS_SECONDS = 0.6              # for a look by `news`: with its start a hook is
 NEWS_MESSAGES = 100             # that such a look counts
 TOLD_SECONDS = 7 * 86400        # what `news --once KEY` has told is remembered this long
 CLIENT_BACKOFF = 0.2            # seconds before the second try; doubles; jitter of +-50 %
+SCREEN_LINES = 22               # of a lesson before it waits: a terminal has 24
+SCREEN_COLUMNS = 78             # of 80
 TRACE_CHARACTERS = 4000         # of a request or an answer that --trace shows: two screens
 LINE_BYTES = 4 * 1024 * 1024    # in one line on stdin, of JSON-RPC or of messages
 STDIN_BYTES = 65536             # read of such lines at a time; 16 times as many wait to be sent
@@ -7962,81 +7966,6 @@ def verb_uninstall(args):
     say({"ok": True, "removed": path})
 
 
-class TemporaryServer:
-    """A server on a free port in a temporary folder, gone without a trace after `with`."""
-
-    def __enter__(self):
-        self.folder = tempfile.mkdtemp(prefix="nexus-")
-        self.database = os.path.join(self.folder, "nexus.db")
-        self.start()
-        return self
-
-    def start(self):
-        """Run the server on the database that is there."""
-        self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), "serve", "--port", "0", "--quiet",
-             "--db", self.database], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            env=self._environment(self.folder))
-        line = self.process.stdout.readline()
-        if not line:
-            self.__exit__()
-            raise NexusError("refused_to_start", "The server did not start.")
-        self.url = json.loads(line.decode())["url"]
-
-    def end(self, how):
-        """End the server with process.terminate or process.kill."""
-        how()
-        self.process.stdout.close()
-        self.process.wait()
-
-    def __exit__(self, *_):
-        self.end(self.process.terminate)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    @staticmethod
-    def _environment(home, **more):
-        environ = {name: value for name, value in os.environ.items()
-                   if not name.startswith("NEXUS_")}
-        return dict(environ, HOME=home, USERPROFILE=home, **more)
-
-    def run(self, who, *words):
-        """Run a verb as `who`, who has a home of their own; returns its JSON."""
-        environ = self._environment(os.path.join(self.folder, who), NEXUS_URL=self.url)
-        done = subprocess.run([sys.executable, os.path.abspath(__file__)] + list(words),
-                              env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        if done.returncode:
-            raise NexusError("demo_failed", "nexus.py %s: %s" % (
-                " ".join(words), done.stdout.decode("utf-8", "replace").strip()))
-        return json.loads(done.stdout.decode("utf-8"))
-
-
-def verb_demo(args):
-    """Watch two agents meet, talk and part: a server and both agents in one command"""
-    with TemporaryServer() as demo:
-        print("A server runs at %s. Ada and Bob are two agents, each with a home of its own.\n"
-              % demo.url)
-
-        def step(who, told, *words):
-            print("%s %s\n  $ nexus.py %s" % (who, told, " ".join(
-                '"%s"' % word if " " in word else word for word in words)))
-            return demo.run(who.lower(), *words)
-        session = step("Ada", "opens a session.", "create", "--creator-agent-id", "ada",
-                       "--greeting", "Hello! Let us review the report.")["sessionId"]
-        code = step("Ada", "makes a pairing code and gives its link to Bob's human.",
-                    "pair", session)["code"]
-        step("Bob", "opens the link, learns everything, and claims the code.",
-             "claim", code, "--agent-id", "bob")
-        greeting = step("Bob", "reads the greeting.", "poll", session)["messages"][0]
-        print("  %s: %s" % (greeting["agentId"], greeting["text"]))
-        step("Bob", "answers.", "send", session, "Page 3 has a typo.")
-        step("Ada", "gives the session a short name.", "alias", session, "review")
-        for message in step("Ada", "reads what is new.", "poll", "review")["messages"]:
-            print("  %s%s: %s" % (message["agentId"], " (verified)" if message["verified"] else "",
-                                  message["text"]))
-        step("Bob", "leaves. The session ends by itself.", "leave", session)
-    print("\nThe server is stopped and nothing is left behind. Your turn: nexus.py serve")
-
-
 def copy_database(source, draft):
     """Copy a database of nexus into another, empty file and check that; raises sqlite3.Error.
 
@@ -8139,125 +8068,485 @@ def verb_restore(args):
     say({"ok": True, "database": database, "moved": moved})
 
 
-# The self-test: what the README promises, tried on this machine with this file.
+# To teach and to try: a stage, the lessons, the self-test that is made of them, the demo.
 
-def _check(promise, held):
-    if not held:
-        raise AssertionError(promise)
+class Stage:
+    """A server in a temporary folder and people with a home each, for who watches or tries things.
 
+    Nothing is left of them after `with`. `shows`: is anybody there to see it? `wire`: also what
+    goes over it. `asks`: somebody answers the questions and types the commands; else the right
+    ones are taken. pause() is called when a screen is full, and between the steps of the demo.
+    """
 
-def try_sessions(server):
-    """Two agents meet by a pairing code and read each other"""
-    session = server.run("ada", "create", "--creator-agent-id", "ada")["sessionId"]
-    code = server.run("ada", "pair", session)["code"]
-    server.run("bob", "claim", code, "--agent-id", "bob")
-    server.run("bob", "send", session, "Hello, Ada.")
-    message = server.run("ada", "poll", session)["messages"][0]
-    _check("the message is not the one that was sent",
-           message["text"] == "Hello, Ada." and message["verified"])
+    def __init__(self, *flags, shows=True, wire=False, asks=False, pause=lambda: None):
+        self._flags, self._shows, self._wire, self._asks = flags, shows, wire, asks
+        self._pause, self._room = pause, SCREEN_LINES
 
+    def __enter__(self):
+        self.folder = tempfile.mkdtemp(prefix="nexus-")
+        self.database = os.path.join(self.folder, "nexus.db")
+        self.start()
+        return self
 
-def try_channels(server):
-    """A channel keeps a message until it is acknowledged"""
-    messages = Client(server.url).messages
-    sent = messages.send("selftest", "keep me")
-    _check("reading consumed it", [messages.inbox("selftest")[0]["id"] for _ in "12"] ==
-           [sent["id"]] * 2)
-    messages.ack(sent["id"])
-    _check("it is still pending", messages.pending("selftest") == 0)
+    def start(self):
+        """Run the server on the database that is there."""
+        self.process = self._begin(self.folder, "serve", "--port", "0", "--quiet", "--db",
+                                   self.database, *self._flags)
+        line = self.process.stdout.readline()
+        if not line:
+            self.__exit__()
+            raise NexusError("refused_to_start", "The server did not start.")
+        self.url = json.loads(line.decode())["url"]
+        self.client = Client(self.url, patience=-1)
 
+    def end(self, how):
+        """End the server with process.terminate or process.kill."""
+        self.client.close()
+        how()
+        self.process.communicate()
 
-def try_kill(server):
-    """What was answered with 201 survives kill -9"""
-    client, kept = Client(server.url, patience=-1), []
+    def __exit__(self, *_):
+        self.end(self.process.terminate)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
-    def send():
+    @staticmethod
+    def _begin(home, *words, **environ):
+        environ.update((name, value) for name, value in os.environ.items()
+                       if not name.startswith("NEXUS_"))
+        environ.update(HOME=home, USERPROFILE=home)
+        return subprocess.Popen([sys.executable, os.path.abspath(__file__)] + list(words),
+                                env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE)
+
+    def begin(self, who, *words, wire=True):
+        """Start a verb as `who`; finish() waits for it. `wire` False: what it sends is old news."""
+        self.show("", painted(sys.stdout, 1, "%s$ nexus.py %s" % (who, command_line(*words))))
+        return self._begin(os.path.join(self.folder, who), *words, NEXUS_URL=self.url,
+                           NEXUS_TRACE="1" if wire and self._wire else "0")
+
+    def finish(self, process, refused=None):
+        """What a verb printed, parsed; it must have failed with the code `refused`, if given."""
+        out, err = (stream.decode("utf-8", "replace") for stream in process.communicate())
         try:
-            while len(kept) < 5000:
-                kept.append(client.messages.send("kill", "one of many")["id"])
-        except NexusError:
-            pass                        # the server was killed: that is the test
-    threads = [threading.Thread(target=send) for _ in range(4)]
+            answer = json.loads(out)
+        except ValueError:
+            answer = {"text": out}
+        if process.returncode:
+            raise NexusError(answer.get("error", "failed"), answer.get("message", err.strip()))
+        for line in re.findall("^[<>] .*|^  [0-9.]+ ms", err, re.M):
+            if not re.match("[<>] *(Host|Accept|Content|X-Content|X-Request|Cache|Date|$)", line):
+                line = visible(line)
+                self.show(*[line[at:at + SCREEN_COLUMNS] for at in range(
+                    0, min(len(line), 4 * SCREEN_COLUMNS), SCREEN_COLUMNS)])
+        return answer
+
+    def run(self, who, *words, **how):
+        """Run a verb as `who`; returns what it printed, parsed. Raises NexusError if it failed."""
+        return self.finish(self.begin(who, *words, **how))
+
+    def refuse(self, code, who, *words):
+        """Run a verb that must be refused with this code."""
+        try:
+            self.run(who, *words)
+        except NexusError as refusal:
+            self.check("it was refused with %s, not %s" % (refusal.code, code), refusal.code == code)
+            self.tell("Refused: " + visible(refusal.message))
+        else:
+            self.check("it was not refused", False)
+
+    def show(self, *lines):
+        """Lines on the screen; a full one waits."""
+        if self._shows:
+            if self._room < len(lines):
+                self.pause()
+            self._room -= len(lines)
+            put(sys.stdout, *lines)
+
+    def pause(self):
+        """Let people look."""
+        self._pause()
+        self._room = SCREEN_LINES
+
+    def tell(self, text):
+        """A paragraph."""
+        self.show("", *textwrap.wrap(text, SCREEN_COLUMNS))
+
+    def source(self, function, begin="", count=15):
+        """The lines of this file that do it, from the one on that holds `begin`."""
+        lines, number = inspect.getsourcelines(function)
+        skip = next(at for at, line in enumerate(lines) if begin in line)
+        lines = textwrap.dedent("".join(lines[skip:skip + count])).splitlines()
+        self.show("", "The lines of this file that do it:", *[
+            "%5d  %s" % (number + skip + at, line) for at, line in enumerate(lines)])
+
+    @staticmethod
+    def check(what, held):
+        """A promise, or what the learner was to do; `what` says how it is broken."""
+        if not held:
+            raise AssertionError(what)
+
+    def _ask(self, prompt):
+        put(sys.stdout, prompt, end="")
+        self._room = SCREEN_LINES
+        line = sys.stdin.readline()
+        if not line:
+            raise Usage("nobody answers; with --yes a lesson runs through by itself")
+        return line.strip()
+
+    def quiz(self, question, right, *choices):
+        """A question with numbered answers, until it is answered well; `right` is a number."""
+        self.show("", *textwrap.wrap(question, SCREEN_COLUMNS))
+        self.show(*["  %d  %s" % pair for pair in enumerate(choices, 1)])
+        while self._asks:
+            if self._ask("Which? ") == str(right):
+                self.show("Yes.")
+                return
+            self.show("No. Look again at what went over the wire, and at the lines that do it.")
+        self.show("Answer: %d" % right)
+
+    def task(self, what, who, *words, held=lambda answer: True):
+        """Let the learner type a command until held(its answer); Enter alone shows these words."""
+        self.tell(what)
+        while self._asks:
+            typed = re.sub(r"^(python3? )?(nexus\.py )?", "", self._ask("%s$ nexus.py " % who))
+            try:
+                answer = self.run(who, *shlex.split(typed)) if typed else {}
+                if typed and held(answer):
+                    self.show("That is it.")
+                    return answer
+            except (NexusError, ValueError) as trouble:
+                self.show(*textwrap.wrap(visible(trouble), SCREEN_COLUMNS))
+            self.show("Not yet. For instance: nexus.py " + command_line(*words))
+        answer = self.run(who, *words)
+        self.check("the task was not done: " + what, held(answer))
+        return answer
+
+
+# The lessons are the self-test, too: what they show is checked each time. See README, "Teach".
+
+def lesson_pairing(stage):
+    """Pairing: a code lets one agent in, once"""
+    stage.tell("A session is a conversation. Who opens one gets its id, which leads into it, and a"
+               " session key, which proves who speaks. The command line remembers both.")
+    session = stage.run("ada", "create", "--creator-agent-id", "ada")["sessionId"]
+    stage.tell("A pairing code is short enough to be read out, and good for ten minutes. Its link"
+               " is a page that tells another agent all it must know.")
+    code = stage.run("ada", "pair", session)["code"]
+    stage.task("You are Bob, and were given the code %s. Claim it as bob." % code, "bob",
+               "claim", code, "--agent-id", "bob",
+               held=lambda _: "bob" in str(stage.client.status(session)["agents"]))
+    stage.source(Sessions._claim, "def job(db)")
+    stage.quiz("Eve has read the code over Bob's shoulder and claims it, too. What happens?", 2,
+               "She is in as well: whoever has the code may come.",
+               "She is refused: the commit that let Bob in has used it up.",
+               "Bob is out: the last one to claim a code has it.")
+    stage.refuse("code_expired_or_used", "eve", "claim", code, "--agent-id", "eve")
+
+
+def meet(stage):
+    """A session in which ada and bob are, and which both call talk."""
+    session = stage.run("ada", "create", "--creator-agent-id", "ada", "--alias", "talk",
+                        wire=False)["sessionId"]
+    stage.run("bob", "join", session, "--agent-id", "bob", "--alias", "talk", wire=False)
+
+
+def lesson_cursors(stage):
+    """Cursors: each reader goes on where it stopped, and may begin again"""
+    meet(stage)
+    for text in ("one", "two", "three"):
+        stage.run("bob", "send", "talk", text, wire=text == "one")
+    stage.tell("Each message has a cursor, a number that only grows. Ada reads; her command line"
+               " keeps the last cursor and asks for what comes after it.")
+    found = stage.run("ada", "poll", "talk")["messages"]
+    stage.check("they are not the three in order",
+                [row["text"] for row in found] == ["one", "two", "three"] and found[0]["verified"])
+    stage.check("she read twice", stage.run("ada", "poll", "talk")["messages"] == [])
+    stage.source(Sessions._page, "def", 15)
+    stage.quiz("Ada's machine loses power before she has read the answer to her poll. Are the"
+               " messages in it lost?", 1,
+               "No: the server deletes nothing that was read; she asks with her old cursor again.",
+               "Yes: the server has moved her cursor on.",
+               "Only the last one: it is the one that was on its way.")
+    stage.task("Read all three again, without moving the saved cursor: poll has a flag for it.",
+               "ada", "poll", "talk", "--after", "0",
+               held=lambda answer: str(answer).count("cursor") == 3)
+
+
+def wait_until(condition):
+    """Look until condition() is true, for ten seconds at the most; returns whether it became so."""
+    ends = time.monotonic() + 10
+    while not condition() and time.monotonic() < ends:
+        time.sleep(0.05)
+    return condition()
+
+
+def lesson_long_poll(stage):
+    """Long poll: who waits is woken at once, and costs one sleeping thread"""
+    meet(stage)
+    stage.tell("Bob asks for messages and is ready to wait for 30 seconds. The server does not"
+               " answer before there is something to say.")
+    waiting = stage.begin("bob", "poll", "talk", "--wait", "30")
+    stage.check("nobody waits", wait_until(lambda: stage.client.stats()["waiters"] == 1))
+    stage.task("One poll is parked now. You are Ada: send anything, and Bob is woken.", "ada",
+               "send", "talk", "Wake up!", held=lambda answer: "cursor" in answer)
+    stage.tell("And this is what Bob got, with the time from his question to its answer:")
+    stage.check("he got nothing", len(stage.finish(waiting)["messages"]) == 1)
+    stage.source(Waiters.wait, "while True", 12)
+    stage.quiz("A message lands after Bob has looked and before he sleeps. Does he sleep on?", 3,
+               "Yes, until the next message: that is the weakness of long polls.",
+               "Yes, but for a second at the most: the server looks again and again.",
+               "No: his bell hangs before he looks, and a bell that rang lets nobody sleep.")
+
+
+def lesson_fan_out(stage):
+    """Fan-out: reading a channel consumes nothing, an ack does"""
+    stage.tell("A channel keeps a message until somebody acknowledges it. So any number of readers"
+               " may follow it, each with a cursor of its own.")
+    sent = stage.run("ada", "tx", "send", "news", "v2.3.1 is out", "--json")
+    for reader in ("bob", "carol"):
+        found = stage.run(reader, "tx", "inbox", "news", "--after", "0", "--json")
+        stage.check("%s found it not" % reader, [row["id"] for row in found] == [sent["id"]])
+    stage.source(Channels._page, "def", 15)
+    stage.quiz("Who decides that a message is done?", 2,
+               "The server, once every reader has seen it: it keeps a list of them.",
+               "A reader, by acknowledging it; the server knows no list of readers.",
+               "The first read.")
+    stage.task("Acknowledge message %d." % sent["id"], "bob", "tx", "ack", str(sent["id"]),
+               held=lambda _: stage.client.messages.pending("news") == 0)
+    stage.check("it is still there", not stage.client.messages.inbox("news"))
+
+
+def lesson_idempotency(stage):
+    """Idempotency: a send that is repeated stores one message"""
+    stage.tell("A sender whose answer was lost cannot know whether its message was stored. It sends"
+               " again, with the same Idempotency-Key, and stores nothing twice.")
+    words = ("tx", "send", "orders", "a ton of flour", "--idempotency-key", "order-17", "--json")
+    first = stage.run("ada", *words)
+    again = stage.task("The line is bad; Ada heard nothing. You are Ada: send it again as it was.",
+                       "ada", *words, held=lambda _: stage.client.messages.pending("orders") == 1)
+    stage.check("it was stored twice", again.get("id", first["id"]) == first["id"])
+    stage.source(Channels._insert, "if retry:", 14)
+    stage.quiz("And the same key with another text?", 3, "The second text replaces the first.",
+               "Both are stored.", "It is refused: a key stands for one message.")
+    stage.refuse("idempotency_key_reused", "ada", *[
+        word.replace("a ton", "two tons") for word in words])
+
+
+def lesson_leases(stage):
+    """Leases: work outlives its worker, and what kills workers is put aside"""
+    messages = stage.client.messages
+    stage.run("ada", "tx", "send", "jobs", "resize picture 9", "--json")
+    stage.tell("A worker leases a message: for a while it is its own. Here is one that leases it"
+               " for one second and dies. The next one waits, and gets it when the lease is over.")
+    lease = ("tx", "lease", "jobs", "--wait", "20", "--json")
+    first = stage.run("bob", *lease, "--consumer", "bob", "--lease", "1")
+    second = stage.run("carol", *lease, "--consumer", "carol", "--lease", "1")
+    stage.check("the lease died with its worker", len(first) == len(second) == 1
+                and first[0]["id"] == second[0]["id"] and second[0]["attempts"] == 2)
+    stage.source(Channels.lease, "for row in", 9)
+    stage.quiz("This server has --max-attempts 2. Carol dies, too. What becomes of the message?", 1,
+               "It is dead: no worker gets it, until somebody has looked at it and revives it.",
+               "It is deleted: nobody wants it.", "It is offered again, for ever.")
+    stage.check("it is not dead", wait_until(lambda: messages.dead("jobs")))
+    stage.run("ada", "tx", "dead", "jobs", "--json")
+    stage.task("Offer it again: revive it.", "ada", "tx", "revive", str(first[0]["id"]),
+               held=lambda _: not messages.dead("jobs"))
+    token = messages.lease("jobs", "dave")[0]["leaseToken"]
+    messages.ack(first[0]["id"], token)
+    stage.check("it was not done", messages.pending("jobs") == 0)
+
+
+def lesson_ask(stage):
+    """Ask and reply: a question finds its answer"""
+    stage.tell("Ada asks in Bob's channel and waits. Her question says in which channel she waits,"
+               " and carries a correlation id, which the answer will carry, too.")
+    asking = stage.begin("ada", "tx", "ask", "bob", "Is PR 42 fine?", "--timeout", "60", "--json")
+    stage.check("no question came", wait_until(lambda: stage.client.messages.inbox("bob")))
+    question = stage.run("bob", "tx", "inbox", "bob", "--json")[0]
+    stage.task("You are Bob: reply to message %d." % question["id"], "bob", "tx", "reply",
+               str(question["id"]), "It is.", held=lambda _: not stage.client.messages.pending(
+                   "bob"))
+    stage.tell("And this is what Ada's ask sent and got:")
+    answer = stage.finish(asking)
+    stage.check("another answer came", answer["correlationId"] == question["correlationId"])
+    stage.source(ask, "while True", 9)
+    stage.quiz("Where does a reply go?", 2, "To all who read the channel of the question.",
+               "To the channel that the question names; and it acknowledges the question.",
+               "To the address from which the question came.")
+
+
+def lesson_kill(stage):
+    """What 201 means: it is on the disk, kill -9 or not"""
+    stage.tell("Four senders send as fast as they can. In the middle the server is killed, in the"
+               " way that lets it do nothing more (kill -9). Then it is started again.")
+    kept, seconds = [], time.monotonic() + 10
+
+    def send(client):
+        with client:
+            while time.monotonic() < seconds:
+                try:
+                    kept.append(client.messages.send("kill", "one of many")["id"])
+                except NexusError:
+                    return              # the server was killed: that is the lesson
+    threads = [threading.Thread(target=send, args=(Client(stage.url, patience=-1),))
+               for _ in range(4)]
     for thread in threads:
         thread.start()
-    time.sleep(0.5)
-    server.end(server.process.kill)
+    wait_until(lambda: len(kept) >= 200)
+    stage.end(stage.process.kill)
     for thread in threads:
         thread.join()
-    server.start()
-    messages, found, after = Client(server.url).messages, [], 0
-    while True:
-        page = messages.inbox("kill", after_id=after, limit=1000)
-        if not page:
-            break
+    stage.start()
+    found, page = [], True
+    while page:
+        page = stage.client.messages.inbox("kill", after_id=found[-1] if found else 0, limit=1000)
         found += [row["id"] for row in page]
-        after = found[-1]
-    _check("%d messages were lost" % len(set(kept) - set(found)), set(kept) <= set(found))
-    _check("an id stands twice", len(found) == len(set(found)))
+    stage.tell("%d sends were answered with 201. %d messages are there now." % (
+        len(kept), len(found)))
+    stage.check("a message was lost, or stands twice", set(kept) <= set(found)
+                and len(found) == len(set(found)) and len(kept) >= 200)
+    stage.source(Database._commit, "BEGIN IMMEDIATE")
+    stage.quiz("There may be more messages than answers. Why?", 1,
+               "They were on the disk, and the kill came before their answers were sent.",
+               "The four senders sent some of them twice.", "The disk has doubled them.")
+    stage.task("See for yourself that they are there: ask how many are pending.", "ada", "tx",
+               "outbox", "pending", "kill", held=lambda answer: str(len(found)) in str(answer))
 
 
-def try_double(server):
-    """The same send twice, as after a lost answer, stores one message"""
-    messages = Client(server.url).messages
-    ids = {messages.send("double", "once", idempotency_key="selftest")["id"] for _ in "12"}
-    _check("it was stored twice", len(ids) == 1 and messages.pending("double") == 1)
-
-
-def try_redaction(server):
-    """Secrets are blacked out, look-alikes are not"""
-    messages = Client(server.url).messages
-    secrets_ = ("ghp_" + "a1B2" * 9, "AKIA" + "ABCD2345" * 2, "password=" + "hunter2" + "xyz")
-    harmless = ("task-" + "ab12" * 8, "0123456789abcdef" * 4, "the password field is required")
-    for text in secrets_:
-        _check("a secret was stored", text not in messages.send("red", "see " + text)["content"])
-    for text in harmless:
-        _check("%s was blacked out" % text, messages.send("red", text)["content"] == text)
-
-
-def try_permissions(server):
-    """Database and keys can be read by their owner alone"""
-    if os.name != "posix":
-        return
-    for folder, _, files in os.walk(server.folder):
+def lesson_redaction(stage):
+    """Redaction: secrets are blacked out before they are stored, look-alikes are not"""
+    stage.tell("An agent that pastes a log pastes secrets. What looks like one is replaced before"
+               " anything is stored; the answer says which kinds were found.")
+    secret = "ghp_" + "a1B2" * 9
+    for text in (secret, "AKIA" + "ABCD2345" * 2, "password=" + "hunter2" + "xyz"):
+        found = stage.run("ada", "tx", "send", "log", "see " + text, "--json")
+        stage.check("a secret was stored", text not in json.dumps(found))
+    for text in ("task-" + "ab12" * 8, "0123456789abcdef" * 4, "the password field is required"):
+        stage.check("%s was blacked out" % text,
+                    stage.client.messages.send("log", text)["content"] == text)
+    stage.source(redact, "if has_run and", 14)
+    stage.quiz("Is it safe now to send secrets?", 2, "Yes, they are blacked out.",
+               "No: it catches what looks like a secret, not what is one.",
+               "Yes, if the server runs on this machine.")
+    stage.task("Send a text with a password in it, and see what is kept.", "ada", "tx", "send",
+               "log", "password: " + "tulip" + "-2041", "--json",
+               held=lambda answer: "REDACTED" in str(answer))
+    for folder, _, files in os.walk(stage.folder) if os.name == "posix" else ():
         for name in files:
             path = os.path.join(folder, name)
-            _check("%s is open to others" % path, os.stat(path).st_mode & 0o077 == 0)
+            with open(path, "rb") as file:
+                stage.check("the secret is in " + path, secret.encode() not in file.read())
+            stage.check("others may read " + path, os.stat(path).st_mode & 0o077 == 0)
 
 
-def try_expiry(server):
-    """Ten seconds after its end a message has left no trace on the disk"""
-    client, mark = Client(server.url), os.urandom(12).hex()
-    session = client.create(ttl=1, creator_agent_id="ada")
-    client.send(session["sessionId"], "ada", "mark " + mark, session_key=session["sessionKey"])
-    client.messages.send("gone", "mark " + mark, ttl_seconds=1)
-    ends = time.monotonic() + 11
-    while True:
-        files = [server.database + end for end in ("", "-wal", "-shm")]
-        left = [path for path in files if os.path.exists(path)
-                and mark.encode() in open(path, "rb").read()]
-        if not left:
-            return
-        _check("it is still in %s" % ", ".join(left), time.monotonic() < ends)
-        time.sleep(0.5)
+def lesson_expiry(stage):
+    """Expiry: ten seconds after its end a message has left no trace on the disk"""
+    mark = os.urandom(12).hex()
+    stage.tell("This message lives for one second, in a file that we watch: the database, and its"
+               " log. Deleted is not enough: what a database deletes is often still there to be"
+               " read. Here it is overwritten, in the database and in its log.")
+    stage.run("ada", "tx", "send", "short", mark, "--ttl", "1", "--json")
+    session = stage.client.create(ttl=1, creator_agent_id="ada")
+    stage.client.send(session["sessionId"], "ada", mark, session_key=session["sessionKey"])
+
+    def traces():
+        return [path for path in (stage.database + end for end in ("", "-wal", "-shm"))
+                if os.path.exists(path) and mark.encode() in open(path, "rb").read()]
+    stage.check("it never was on the disk", traces())
+    stage.source(Store.sweep, "for count in", 10)
+    stage.quiz("It is over, and not yet deleted. May somebody still read it?", 3,
+               "Yes, until the expiry thread comes by.", "Only with its id.",
+               "No: every query asks for the time.")
+    began = time.monotonic()
+    stage.check("it is still in the file", wait_until(lambda: not traces()) or
+                wait_until(lambda: not traces()) and time.monotonic() - began < 11)
+    stage.tell("No trace is left in the files.")
+    stage.task("And ask the server: what is in the channel?", "ada", "tx", "inbox", "short",
+               "--json", held=lambda answer: answer == [] or "No messages" in str(answer))
+
+
+LESSONS = (lesson_pairing, lesson_cursors, lesson_long_poll, lesson_fan_out, lesson_idempotency,
+           lesson_leases, lesson_ask, lesson_kill, lesson_redaction, lesson_expiry)
+
+
+def play(lesson, **how):
+    """A lesson on a server of its own."""
+    with Stage("--max-attempts", "2", **how) as stage:
+        stage.show(painted(sys.stdout, 1, lesson.__doc__))
+        lesson(stage)
+
+
+def wait_for_enter():
+    """Until somebody has looked."""
+    put(sys.stdout, painted(sys.stdout, 2, "-- Enter goes on --"), end="")
+    if not sys.stdin.readline():
+        put(sys.stdout)
+
+
+def verb_learn(args):
+    """Ten short lessons: see it happen, on the wire and in this file, and do it yourself"""
+    if args.number is None:
+        put(sys.stdout, *["%2d  %s" % (number, lesson.__doc__)
+                          for number, lesson in enumerate(LESSONS, 1)])
+        put(sys.stdout, "", "Begin with: nexus.py learn 1")
+        return
+    if not 1 <= args.number <= len(LESSONS):
+        raise Usage("there are lessons 1 to %d" % len(LESSONS))
+    play(LESSONS[args.number - 1], wire=True, asks=not args.yes,
+         **{} if args.yes else {"pause": wait_for_enter})
+    put(sys.stdout, "", "Next: nexus.py learn %d" % (args.number + 1) if args.number < len(LESSONS)
+        else "That was the last one. Now read the file: the map at its head says where to begin.")
 
 
 def verb_selftest(args):
-    """Try the promises one by one on this machine, in a temporary folder, in under a minute"""
+    """Try what the lessons show, one by one on this machine, in under a minute"""
     with open(os.path.abspath(__file__), "rb") as file:
         print("nexus %s, SHA-256 %s" % (VERSION, hashlib.sha256(file.read()).hexdigest()))
     failed = 0
-    with TemporaryServer() as server:
-        for trial in (try_sessions, try_channels, try_kill, try_double, try_redaction,
-                      try_permissions, try_expiry):
-            try:
-                trial(server)
-                verdict = "ok    "
-            except (AssertionError, NexusError) as reason:
-                failed += 1
-                verdict = "FAILED (%s) " % reason
-            print(verdict + trial.__doc__, flush=True)
+    for lesson in LESSONS:
+        try:
+            play(lesson, shows=False)
+            verdict = "ok    "
+        except (AssertionError, NexusError) as reason:
+            failed += 1
+            verdict = "FAILED (%s) " % reason
+        print(verdict + lesson.__doc__, flush=True)
     print("All promises hold." if not failed else "%d promise(s) do not hold." % failed)
     return 1 if failed else 0
+
+
+def verb_demo(args):
+    """Watch two agents meet, talk and part: a server and both agents in one command"""
+    pause = wait_for_enter if args.step else lambda: time.sleep(args.slow or 0)
+    with Stage(pause=lambda: None) as stage:
+        stage.tell("A server runs at %s. Ada and Bob are two agents, each with a home of its own."
+                   % stage.url)
+
+        def step(who, told, *words):
+            pause()
+            stage.tell("%s %s" % (who, told))
+            return stage.run(who.lower(), *words)
+
+        def read(who, told, *words):
+            for row in step(who, told, *words)["messages"]:
+                stage.show("  %s%s: %s" % (
+                    row["agentId"], " (verified)" if row["verified"] else "", visible(row["text"])))
+        session = step("Ada", "opens a session.", "create", "--creator-agent-id", "ada",
+                       "--greeting", "Hello! Let us review the report.")["sessionId"]
+        code = step("Ada", "makes a pairing code and gives its link to Bob's human.",
+                    "pair", session)["code"]
+        step("Bob", "opens the link, learns everything, and claims the code.",
+             "claim", code, "--agent-id", "bob")
+        read("Bob", "reads the greeting.", "poll", session)
+        step("Bob", "answers.", "send", session, "Page 3 has a typo.")
+        step("Ada", "gives the session a short name.", "alias", session, "review")
+        read("Ada", "reads what is new.", "poll", "review")
+        if args.serve:
+            link = step("Ada", "makes another code, for you.", "pair", "review")["url"]
+            stage.tell("The server stays until Ctrl-C. To open: %s/ and %s" % (stage.url, link))
+            return until_stopped(stage.process.wait)
+        step("Bob", "leaves. The session ends by itself.", "leave", session)
+    stage.tell("The server is stopped and nothing is left behind. Your turn: nexus.py serve")
 
 
 # The table of verbs, and how a command line becomes a call.
@@ -8318,6 +8607,9 @@ FLAGS = {       # kind: bool is a switch, None one that takes =0 and =1, others 
     "--delay": Flag(duration, "time until it is offered again"),
     "--timeout": Flag(duration, "time to wait for the reply"),
     "--resume": Flag(int, "id of the question to go on waiting for"),
+    "--step": Flag(bool, "wait for Enter between the steps"),
+    "--slow": Flag(functools.partial(duration, whole=False), "time to pause between the steps"),
+    "--serve": Flag(bool, "leave the server running, and say what to open"),
     "--json": Flag(bool, "print JSON"),
     "--json=": Flag(str, "JSON payload"),               # what send means by it
 }
@@ -8328,7 +8620,8 @@ Verb = collections.namedtuple("Verb", "run arguments flags example")
 # flags: --name! is needed.
 VERBS = {
     "serve": Verb(verb_serve, "", "", "serve --port 0 --db :memory:"),
-    "demo": Verb(verb_demo, "", "", "demo"),
+    "demo": Verb(verb_demo, "", "--step --slow --serve", "demo --slow 2s"),
+    "learn": Verb(verb_learn, "[NUMBER]", "--yes", "learn 1"),
     "selftest": Verb(verb_selftest, "", "", "selftest"),
     "backup": Verb(verb_backup, "FILE", "--db", "backup nexus-copy.db --db nexus.db"),
     "restore": Verb(verb_restore, "FILE", "--db", "restore nexus-copy.db --db nexus.db"),
@@ -8424,7 +8717,7 @@ def make_parser(name):
         bare = word.strip("[].")
         many = "*" if word.endswith("...]") else "+" if word.endswith("...") else \
             "?" if word.startswith("[") else None
-        kind = int if bare == "ID" else str
+        kind = int if bare in ("ID", "NUMBER") else str
         parser.add_argument(bare.lower(), metavar=bare, nargs=many, type=kind)
     for flag, row in flags_of(name).items():
         if row.kind is bool:
