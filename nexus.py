@@ -179,6 +179,7 @@ TOLD_SECONDS = 7 * 86400        # what `news --once KEY` has told is remembered 
 CLIENT_BACKOFF = 0.2            # seconds before the second try; doubles; jitter of +-50 %
 SCREEN_LINES = 22               # of a lesson before it waits: a terminal has 24
 SCREEN_COLUMNS = 78             # of 80
+LESSON_SECONDS = 15             # that a lesson waits for what it has promised
 TRACE_CHARACTERS = 4000         # of a request or an answer that --trace shows: two screens
 LINE_BYTES = 4 * 1024 * 1024    # in one line on stdin, of JSON-RPC or of messages
 STDIN_BYTES = 65536             # read of such lines at a time; 16 times as many wait to be sent
@@ -1661,9 +1662,10 @@ class Database:
             if db.total_changes != before_all:  # a commit of nothing writes nothing
                 self.commits += 1
                 if log.explains:
-                    log.tell("commit %d holds %d write(s), for %s; the disk had it after %.1f ms" % (
-                        self.commits, len(batch), ", ".join(write.who for write in batch),
-                        1000 * (time.perf_counter() - began)))
+                    log.tell("commit %d holds %d write(s), for %s; the disk had it after %.1f ms"
+                             % (self.commits, len(batch), ", ".join(
+                                 write.who for write in batch), 1000 * (
+                                     time.perf_counter() - began)))
                 self.writes += len(batch)
                 self.fault = None
         except BaseException as trouble:
@@ -6554,7 +6556,7 @@ def hang_up():
 
 
 def painted(stream, style, text):
-    """Text in another style (1 bold, 2 dim, 31 red, 32 green, 36 cyan) if it goes to a terminal that can show it."""
+    """Text in another style (1 bold, 2 dim, 31 red, 32 green, 36 cyan), if a terminal shows it."""
     plain = os.environ.get("NO_COLOR") or not stream.isatty() or (
         os.name == "nt" and "WT_SESSION" not in os.environ)     # older consoles print the codes
     return text if plain else "\x1b[%dm%s\x1b[0m" % (style, text)
@@ -7910,17 +7912,27 @@ def launcher_of(args):
     return path
 
 
+def can_be_imported(source):
+    """Has this file a name that Python can import?"""
+    return bool(re.fullmatch(r"[A-Za-z_]\w*\.py", os.path.basename(source)))
+
+
+def import_code(source, cache):
+    """Python text that runs this file as a module; compiled it is kept in `cache`, or beside it."""
+    folder, module = os.path.split(source[:-len(".py")])
+    # In single quotes, whatever is in it: double ones are cmd's.
+    return "import sys; sys.pycache_prefix = {0}; sys.path.append({1}); import {2};" \
+        " sys.exit({2}.main())".format(*(path and ascii(path + '"')[:-2] + "'"
+                                         for path in (cache, folder)), module)
+
+
 def launcher_text(source, cache):
-    """A launcher that imports the file `source`; compiled it is kept in `cache`, None: beside it.
+    """A launcher that imports the file `source`.
 
     -S, no look at site-packages, halves the time; -I, nothing from the environment or the current
     folder, costs none, nor does the shell.
     """
-    folder, module = os.path.split(source[:-len(".py")])
-    # As Python text in single quotes, whatever is in it: double ones are cmd's.
-    code = "import sys; sys.pycache_prefix = {0}; sys.path.append({1}); import {2};" \
-        " sys.exit({2}.main())".format(*(path and ascii(path + '"')[:-2] + "'"
-                                         for path in (cache, folder)), module)
+    code = import_code(source, cache)
     if os.name == "nt":
         return '@rem {}\r\n@"{}" -IS -c "{}" %*\r\n'.format(LAUNCHER_MARK, *(
             text.replace("%", "%%") for text in (sys.executable, code)))
@@ -7935,13 +7947,13 @@ exec {} -IS -c {} "$@"
 def verb_install(args):
     """Write a launcher, `nexus`, for which Python keeps this file compiled: it starts at once"""
     path, source = launcher_of(args), os.path.abspath(__file__)
-    home, (folder, name) = os.path.dirname(path), os.path.split(source)
+    home, folder = os.path.dirname(path), os.path.dirname(source)
     cache = sys.pycache_prefix = None if os.access(folder, os.W_OK) else \
         os.path.join(State().root, "compiled")
     draft = "%s.%s.tmp" % (path, os.urandom(4).hex())
     try:
-        if not re.fullmatch(r"[A-Za-z_]\w*\.py", name):
-            raise OSError("%s is no name that Python can import" % name)
+        if not can_be_imported(source):
+            raise OSError("%s is no name that Python can import" % os.path.basename(source))
         os.makedirs(home, exist_ok=True)
         with os.fdopen(create_private(draft), "wb") as file:
             file.write(os.fsencode(launcher_text(source, cache)))
@@ -8109,13 +8121,15 @@ class Stage:
         self.end(self.process.terminate)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    @staticmethod
-    def _begin(home, *words, **environ):
+    def _begin(self, home, *words, **environ):
         environ.update((name, value) for name, value in os.environ.items()
                        if not name.startswith("NEXUS_"))
         environ.update(HOME=home, USERPROFILE=home)
-        return subprocess.Popen([sys.executable, os.path.abspath(__file__)] + list(words),
-                                env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        source = os.path.abspath(__file__)      # compiled once, here, and not at each start
+        how = ["-IS", "-c", import_code(source, os.path.join(self.folder, "compiled"))] \
+            if can_be_imported(source) else [source]
+        return subprocess.Popen([sys.executable] + how + list(words), env=environ,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE)
 
     def begin(self, who, *words, wire=True):
@@ -8149,7 +8163,7 @@ class Stage:
         try:
             self.run(who, *words)
         except NexusError as refusal:
-            self.check("it was refused with %s, not %s" % (refusal.code, code), refusal.code == code)
+            self.check("it was refused with " + refusal.code, refusal.code == code)
             self.tell("Refused: " + visible(refusal.message))
         else:
             self.check("it was not refused", False)
@@ -8159,7 +8173,7 @@ class Stage:
         if self._shows:
             if self._room < len(lines):
                 self.pause()
-            self._room -= len(lines)
+            self._room -= sum(1 + len(line) // (SCREEN_COLUMNS + 2) for line in lines)
             put(sys.stdout, *lines)
 
     def pause(self):
@@ -8196,7 +8210,8 @@ class Stage:
     def quiz(self, question, right, *choices):
         """A question with numbered answers, until it is answered well; `right` is a number."""
         self.show("", *textwrap.wrap(question, SCREEN_COLUMNS))
-        self.show(*["  %d  %s" % pair for pair in enumerate(choices, 1)])
+        for pair in enumerate(choices, 1):
+            self.show(*textwrap.wrap("  %d  %s" % pair, SCREEN_COLUMNS, subsequent_indent=" " * 5))
         while self._asks:
             if self._ask("Which? ") == str(right):
                 self.show("Yes.")
@@ -8273,8 +8288,8 @@ def lesson_cursors(stage):
 
 
 def wait_until(condition):
-    """Look until condition() is true, for ten seconds at the most; returns whether it became so."""
-    ends = time.monotonic() + 10
+    """Look until condition() is true, for LESSON_SECONDS at the most; did it become so?"""
+    ends = time.monotonic() + LESSON_SECONDS
     while not condition() and time.monotonic() < ends:
         time.sleep(0.05)
     return condition()
@@ -8379,11 +8394,11 @@ def lesson_kill(stage):
     """What 201 means: it is on the disk, kill -9 or not"""
     stage.tell("Four senders send as fast as they can. In the middle the server is killed, in the"
                " way that lets it do nothing more (kill -9). Then it is started again.")
-    kept, seconds = [], time.monotonic() + 10
+    kept, ends = [], time.monotonic() + LESSON_SECONDS
 
     def send(client):
         with client:
-            while time.monotonic() < seconds:
+            while time.monotonic() < ends:
                 try:
                     kept.append(client.messages.send("kill", "one of many")["id"])
                 except NexusError:
@@ -8432,8 +8447,7 @@ def lesson_redaction(stage):
                "log", "password: " + "tulip" + "-2041", "--json",
                held=lambda answer: "REDACTED" in str(answer))
     for folder, _, files in os.walk(stage.folder) if os.name == "posix" else ():
-        for name in files:
-            path = os.path.join(folder, name)
+        for path in [os.path.join(folder, name) for name in files if not name.endswith(".pyc")]:
             with open(path, "rb") as file:
                 stage.check("the secret is in " + path, secret.encode() not in file.read())
             stage.check("others may read " + path, os.stat(path).st_mode & 0o077 == 0)
@@ -8450,16 +8464,17 @@ def lesson_expiry(stage):
     stage.client.send(session["sessionId"], "ada", mark, session_key=session["sessionKey"])
 
     def traces():
-        return [path for path in (stage.database + end for end in ("", "-wal", "-shm"))
-                if os.path.exists(path) and mark.encode() in open(path, "rb").read()]
+        for path in (stage.database, stage.database + "-wal"):
+            with open(path, "rb") as file:
+                if mark.encode() in file.read():
+                    return True
+        return False
     stage.check("it never was on the disk", traces())
     stage.source(Store.sweep, "for count in", 10)
     stage.quiz("It is over, and not yet deleted. May somebody still read it?", 3,
                "Yes, until the expiry thread comes by.", "Only with its id.",
                "No: every query asks for the time.")
-    began = time.monotonic()
-    stage.check("it is still in the file", wait_until(lambda: not traces()) or
-                wait_until(lambda: not traces()) and time.monotonic() - began < 11)
+    stage.check("it is still in the file", wait_until(lambda: not traces()))
     stage.tell("No trace is left in the files.")
     stage.task("And ask the server: what is in the channel?", "ada", "tx", "inbox", "short",
                "--json", held=lambda answer: answer == [] or "No messages" in str(answer))
@@ -8543,7 +8558,8 @@ def verb_demo(args):
         read("Ada", "reads what is new.", "poll", "review")
         if args.serve:
             link = step("Ada", "makes another code, for you.", "pair", "review")["url"]
-            stage.tell("The server stays until Ctrl-C. To open: %s/ and %s" % (stage.url, link))
+            stage.tell("The server stays until Ctrl-C. To open in a browser:")
+            stage.show("  " + stage.url, "  " + link)
             return until_stopped(stage.process.wait)
         step("Bob", "leaves. The session ends by itself.", "leave", session)
     stage.tell("The server is stopped and nothing is left behind. Your turn: nexus.py serve")
@@ -8608,7 +8624,7 @@ FLAGS = {       # kind: bool is a switch, None one that takes =0 and =1, others 
     "--timeout": Flag(duration, "time to wait for the reply"),
     "--resume": Flag(int, "id of the question to go on waiting for"),
     "--step": Flag(bool, "wait for Enter between the steps"),
-    "--slow": Flag(functools.partial(duration, whole=False), "time to pause between the steps"),
+    "--slow": Flag(duration, "time to pause between the steps"),
     "--serve": Flag(bool, "leave the server running, and say what to open"),
     "--json": Flag(bool, "print JSON"),
     "--json=": Flag(str, "JSON payload"),               # what send means by it

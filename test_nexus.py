@@ -353,6 +353,11 @@ def run_nexus(home, *words, input=None, url=None, timeout=60, **environ):
 class Case(unittest.TestCase):
     """A test with temporary folders and servers that are gone at its end."""
 
+    def missing(self, things, sentence):
+        """Nothing may be; each thing that is there is said in a sentence of its own."""
+        if things:
+            self.fail("\n".join([""] + [sentence.replace("%s", each) for each in sorted(things)]))
+
     def folder(self):
         """A new temporary folder."""
         path = tempfile.mkdtemp(prefix="nexus-test-")
@@ -417,9 +422,11 @@ TOKENS = [
      for prefix in ("glpat", "gldt", "glrt", "glcbt", "glptt", "glft", "glsoat")] + [
     ("slack-token", kind + "-" + "1234567890-1234567890-" + MIX[:24])
     for kind in ("xoxb", "xoxp", "xoxa", "xoxr", "xoxs")] + [
+    ("slack-token", "xoxe-" + "1-" + MIX[:60]),
     ("slack-token", "xapp-" + "1-A1B2-1234567890-" + MIX[:64]),
     ("slack-webhook", "hooks.slack." + "com/services/T1A2B3C4D/B1A2B3C4D/" + MIX[:24]),
     ("discord-webhook", "discord.com/api/" + "webhooks/123456789012345678/" + MIX[:68]),
+    ("discord-webhook", "discordapp.com/api/" + "webhooks/123456789012345678/" + MIX[:68]),
     ("discord-token", "MTk4NjIyNDgzNDcxOTI1MjQ4" + ".Cl2FMQ." + MIX[:27]),
     ("telegram-token", "123456789" + ":A" + "Ab1" * 11 + "x"),
     ("anthropic-key", "sk-" + "ant-api03-" + MIX[:93]), ("openai-key", "sk-" + "proj-" + MIX[:80]),
@@ -441,6 +448,10 @@ TOKENS = [
     ("notion-token", "ntn" + "_" + MIX[:46]), ("supabase-token", "sbp" + "_" + HEX[:40]),
     ("postman-key", "PMAK" + "-" + HEX[:24] + "-" + HEX[:34]),
     ("doppler-token", "dp" + ".pt." + MIX[:43]), ("tailscale-key", "tskey" + "-auth-" + MIX[:30]),
+    ("digitalocean-token", "doo_" + "v1_" + HEX), ("digitalocean-token", "dor_" + "v1_" + HEX),
+    ("doppler-token", "dp" + ".ct." + MIX[:43]), ("doppler-token", "dp" + ".sa." + MIX[:43]),
+    ("vault-token", "hvb" + "." + MIX[:90]), ("shopify-token", "shpca" + "_" + HEX[:32]),
+    ("shopify-token", "shppa" + "_" + HEX[:32]),
     ("grafana-token", "glsa" + "_" + MIX[:32] + "_" + HEX[:8]),
     ("sentry-token", "sntrys" + "_eyJ" + MIX), ("age-key", "AGE-SECRET-" + "KEY-1" + "Q3Z" * 19),
     ("jwt", "ey" + "JhbGciOiJIUzI1NiJ9." + "ey" + "JzdWIiOiIxMjM0In0." + MIX[:43]),
@@ -572,7 +583,7 @@ def frames(token):
             "[%s](y)", "<%s>", "*%s*", "是%s是", "line\\n%s\\n"]
 
 
-class RedactTest(unittest.TestCase):
+class RedactTest(Case):
     def check(self, text, expected, kind):
         result = nexus.redact(text)
         self.assertEqual(result, (expected, [kind]))
@@ -584,6 +595,16 @@ class RedactTest(unittest.TestCase):
                 with self.subTest(kind=kind, frame=frame):
                     self.check(frame.replace("%s", token), frame.replace("%s",
                         "[REDACTED:%s]" % kind), kind)
+
+    def test_every_rule_has_an_example(self):
+        tried = [token for _, token in TOKENS]
+        self.missing([needle for rule in nexus._TOKENS for needle in rule.needles.split()
+                      if not any(needle in token for token in tried)],
+                     "No example begins with %s: add one to TOKENS.")
+        tried = [(before + secret + after).lower() for _, before, secret, after in SHAPES] + tried
+        self.missing([needle for rule in nexus._SHAPES for needle in rule.needles.split()
+                      if not any(needle in text.lower() for text in tried)],
+                     "No example holds %s: add one to SHAPES.")
 
     def test_shapes_replace_the_secret_alone(self):
         for kind, before, secret, after in SHAPES:
@@ -5000,9 +5021,10 @@ class Descriptions(ServerCase):
                                                             else "responses"])
 
     def test_every_reference_resolves_and_every_schema_is_used(self):
-        references = re.findall(r'"\$ref": "(.*?)"', json.dumps(self.document))
-        self.assertEqual(set(references), {"#/components/schemas/" + name for name in
-                                           self.document["components"]["schemas"]})
+        used = set(re.findall(r'"\$ref": "#/components/schemas/(.*?)"', json.dumps(self.document)))
+        there = set(self.document["components"]["schemas"])
+        self.missing(used - there, "An answer is a %s, and no row of SHAPES says what is in it.")
+        self.missing(there - used, "SHAPES has a row %s, which no answer is.")
 
     def test_every_operation_with_a_path_is_described(self):
         wanted = {self.key(entry) for entry in nexus.OPERATIONS if entry.path}
@@ -5071,7 +5093,8 @@ class Descriptions(ServerCase):
         for method, path, body in (("POST", "/api/messages", {}), ("GET", base + "/messages", None),
                                    ("POST", on + "ack", {}), ("GET", "/v1/pair/x/status", None)):
             self.assertIn("error", call(method, path, body))
-        self.assertEqual(visited, set(self.rows))
+        self.missing([" ".join(key) for key in set(self.rows) - visited], "No call here of %s:"
+                     " add one, so that an answer is held against what the table says of it.")
 
     def test_every_operation_has_a_client_method_or_a_tool(self):
         client, Recorder.reached = Recorder(self.s.url), set()
@@ -5085,9 +5108,11 @@ class Descriptions(ServerCase):
                     method(*["1"] * (code.co_argcount - 1 - len(defaults)))
         list(client.messages.send_many([{"channel": "c", "content": "x"}]))
         client.messages.ack_many([1])
-        self.assertEqual({entry.name for entry in nexus.OPERATIONS if not entry.tool}
-                         - Recorder.reached, {"metrics", "openapi", "home_page", "code_page",
-                                              "short_code_page", "mcp_endpoint"})
+        self.missing({entry.name for entry in nexus.OPERATIONS if not entry.tool}
+                     - Recorder.reached - {"metrics", "openapi", "home_page", "code_page",
+                                           "short_code_page", "mcp_endpoint"},
+                     "The operation %s can be called by nobody who writes Python: add a method to"
+                     " nexus.Client (or Messages), or a tool= to its decorator.")
 
     def test_every_channel_operation_has_a_verb_whose_example_works(self):
         real, home, Recorder.reached = nexus.Client, os.environ.get("HOME", ""), set()
@@ -5102,9 +5127,9 @@ class Descriptions(ServerCase):
                     self.assertTrue(out.getvalue(), name)
         finally:
             nexus.Client, os.environ["HOME"] = real, home
-        self.assertEqual(Recorder.reached | {"channel_send_many", "message_ack",
-                                             "list_channels"},      # what other flags do
-                         {entry.name for entry in nexus.OPERATIONS if entry.api})
+        self.missing({entry.name for entry in nexus.OPERATIONS if entry.api} - Recorder.reached
+                     - {"channel_send_many", "message_ack", "list_channels"},   # what flags do
+                     "The operation %s has no verb: add a row to VERBS, and a function.")
         self.assertIn("tx ask", nexus.VERBS)
 
     def test_every_session_operation_has_a_verb(self):
@@ -5113,8 +5138,9 @@ class Descriptions(ServerCase):
                  "poll_messages": "poll", "create_code": "pair", "claim_code": "claim",
                  "code_status": "pair-status", "code_page": "skill"}
         self.assertLessEqual(set(verbs.values()), set(nexus.VERBS))
-        self.assertEqual(set(verbs), {entry.name for entry in nexus.OPERATIONS if re.match(
-            "/v1/(sessions|pair)", entry.path or "")})
+        self.missing({entry.name for entry in nexus.OPERATIONS if re.match(
+            "/v1/(sessions|pair)", entry.path or "")} - set(verbs),
+                     "The operation %s has no verb: add a row to VERBS, and its name above.")
 
 
 # ----------------------------------------------------------------------------------------
@@ -5518,7 +5544,8 @@ class FlagsAndHelp(CliCase):
 
     def test_every_flag_of_every_verb_may_stand_anywhere(self):
         for name, verb in nexus.VERBS.items():
-            arguments = ["7" if "ID" in word else "x" for word in verb.arguments.split()]
+            arguments = ["7" if re.search("ID|NUMBER", word) else "x"
+                         for word in verb.arguments.split()]
             words = name.split()
             for flag, row in nexus.flags_of(name).items():
                 given, wanted = ([flag], True) if row.kind is bool else \
@@ -5537,6 +5564,8 @@ class FlagsAndHelp(CliCase):
         self.assertEqual(parsed_words(["status", "--", "--url"])[1]["session"], "--url")
 
     def test_every_help_ends_with_an_example_that_parses(self):
+        self.missing([name for name, verb in nexus.VERBS.items() if not verb.run.__doc__],
+                     "Nobody knows what the verb %s does: its function needs a docstring.")
         for name in nexus.VERBS:
             with self.subTest(name):
                 ran = self.cli(*(name.split() + ["--help"]))
@@ -6953,17 +6982,179 @@ class VerbProcesses(CliCase):
             "sqlite3", "ssl", "http", "http.client", "http.server", "hashlib", "asyncio", "email",
             "urllib.request", "subprocess", "tempfile", "secrets", "random", "logging"}, set())
 
+
+# ----------------------------------------------------------------------------------------
+# To teach with
+#
+# A lesson shows what is true: its checks are those of the self-test, its lines are the file's.
+# ----------------------------------------------------------------------------------------
+
+
+class Learner:
+    """Standard input of somebody who errs first; looks at what is on the screen."""
+
+    def __init__(self, screen, *right):
+        self.screen, self.asked, self.right = screen, collections.Counter(), list(right)
+
+    def readline(self):
+        prompt = self.screen.getvalue().splitlines()[-1]
+        self.asked[prompt] += 1
+        if "Enter" in prompt:
+            return "\n"
+        if prompt == "Which? ":
+            return "%d\n" % self.asked[prompt]
+        return ["nonsense\n", "send \"\n", "\n", "nexus.py %s\n" % self.right[0]][
+            min(self.asked[prompt], 4) - 1]
+
+
+class Lessons(Case):
+    """learn, selftest, demo."""
+
+    def setUp(self):
+        self.home, code = self.folder(), nexus.import_code      # compiled once for all
+        for owner, name, value in ((nexus, "LESSON_SECONDS", 60), (tempfile, "tempdir", self.home),
+                                   (nexus, "import_code", lambda path, _: code(path, CACHE.name))):
+            change = patched(owner, name, value)
+            change.__enter__()
+            self.addCleanup(change.__exit__, None, None, None)
+
+    def test_each_lesson_keeps_its_promise_within_a_screen(self):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            for each in [Started(nexus.play, lesson, wire=True) for lesson in nexus.LESSONS]:
+                each.result(120)
+        lines = out.getvalue().splitlines()
+        for lesson in nexus.LESSONS:
+            self.assertEqual(lines.count(lesson.__doc__), 1)
+        self.assertEqual([sum(line.startswith(begin) for line in lines) for begin in (
+            "Answer: ", "The lines of this file that do it:")], [10, 10])
+        for sign in (">", "<"):
+            self.assertGreater(sum(line.startswith(sign) for line in lines), 20)
+        with open(NEXUS, encoding="utf-8") as file:
+            source = file.read().splitlines()
+        for line in lines:
+            quoted = re.match(r"(?: +|)(\d{3,5})  (.*)", line)
+            if quoted:
+                self.assertEqual(quoted[2].strip(), source[int(quoted[1]) - 1].strip())
+            elif "$ nexus.py" not in line:
+                self.assertLessEqual(len(line), 80, line)
+        self.assertEqual(os.listdir(self.home), [])
+
+    def test_who_errs_is_told_and_tries_again(self):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            learner = Learner(out, "tx ack 1")
+            with patched(sys, "stdin", learner), patched(sys, "argv", ["nexus.py", "learn", "4"]):
+                self.assertEqual(nexus.main(), 0)
+        text = out.getvalue()
+        for told in ("unknown command: nonsense", "No closing quotation", "No. Look again",
+                     "Not yet. For instance: nexus.py tx ack 1", "Which? Yes.", "That is it.",
+                     "Next: nexus.py learn 5", "-- Enter goes on --"):
+            self.assertIn(told, text)
+        self.assertEqual(learner.asked["bob$ nexus.py "], 4)
+
+    def test_nobody_to_answer_a_number_too_high_and_a_list(self):
+        ran = run_here(self.home, "learn")
+        self.assertEqual((ran.code, ran.out.count("\n")), (0, len(nexus.LESSONS) + 2))
+        for word, told in (("11", "1 to 10"), ("x", "NUMBER"), ("5", "--yes")):
+            ran = run_here(self.home, "learn", word)
+            self.assertEqual(ran.code, 2)
+            self.assertIn(told, ran.err)
+
+    def test_the_self_test_says_what_does_not_hold(self):
+        def good(stage):
+            """One"""
+
+        def bad(stage):
+            """Two"""
+            stage.check("it is broken", False)
+        with patched(nexus, "LESSONS", (good, bad)):
+            ran = run_here(self.home, "selftest")
+        self.assertEqual(ran.code, 1)
+        self.assertRegex(ran.out, r"SHA-256 [0-9a-f]{64}\nok +One\nFAILED \(it is broken\) Two\n"
+                                  r"1 promise\(s\) do not hold")
+
     def test_the_demo_shows_it_all_and_leaves_nothing_behind(self):
-        tmp = self.folder()
-        ran = run_nexus(self.home, "demo", TMPDIR=tmp, TEMP=tmp, TMP=tmp)
-        self.assertEqual(ran.code, 0, ran)
+        ran = run_nexus(self.home, "demo", "--step", input="\n" * 9, TMPDIR=self.home,
+                        TEMP=self.home, TMP=self.home)
+        self.assertEqual((ran.code, ran.out.count("Enter goes on")), (0, 8), ran)
         for verb in ("create", "pair", "claim", "send", "poll", "leave"):
             self.assertIn("$ nexus.py " + verb, ran.out)
         self.assertIn("bob (verified): Page 3 has a typo.", ran.out)
-        self.assertEqual(os.listdir(tmp) + os.listdir(self.home), [])
+        self.assertEqual(os.listdir(self.home), [])
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)", ran.out)[1])
         with self.assertRaises(OSError):
             socket.create_connection(("127.0.0.1", port), 1).close()
+
+    def test_an_exercise_is_told_what_is_missing_until_nothing_is(self):
+        folder = self.folder()
+        for path in (NEXUS, README, os.path.abspath(__file__)):
+            shutil.copy(path, folder)
+
+        def change(name, *pairs):
+            path = os.path.join(folder, name)
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+            for before, after in pairs:
+                self.assertEqual(text.count(before), 1, before)
+                text = text.replace(before, after + before)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+
+        def tests():
+            done = subprocess.run(
+                [sys.executable, "test_nexus.py", "Descriptions", "FlagsAndHelp", "RedactTest",
+                 "ReadmeTellsTheTruth.test_its_table_names_every_setting_with_its_default"],
+                cwd=folder, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=300)
+            return done.returncode, done.stderr.decode()
+        change("nexus.py", ('@operation("GET", "/v1/stats"', '''@operation("GET", "/v1/motto", "Motto")
+def motto(call):
+    """A word to begin the day with"""
+    return {"motto": call.app.settings.motto}
+
+
+'''), ('    Setting("quiet", ', '    Setting("motto", "Go on.", None, "what GET /v1/motto says"),\n'),
+               ("def verb_selftest(", "def verb_motto(args):\n"
+                "    say(connect(args).motto())\n\n\n"),
+               ('    "selftest": Verb(', '    "motto": Verb(verb_motto, "", "", "motto"),\n'),
+               ('    Rule("npm-token", ', '    Rule("school-key", "pupil_", r"[0-9]{8,}"),\n'))
+        code, told = tests()
+        self.assertEqual(code, 1, told)
+        for sentence in (
+                "An answer is a Motto, and no row of SHAPES says what is in it.",
+                "No call here of get /v1/motto: add one",
+                "The operation motto can be called by nobody who writes Python: add a method",
+                "README's table of options has no row for --motto.",
+                "Nobody knows what the verb motto does: its function needs a docstring.",
+                "No example begins with pupil_: add one to TOKENS."):
+            self.assertIn("\n" + sentence, told)
+        change("nexus.py", ('    "Stats": "activeSessions', '    "Motto": "motto",\n'),
+               ("    say(connect(args).motto())", '    """Print the motto of the server"""\n'),
+               ("    def stats(self):", "    def motto(self):\n"
+                '        """The motto of the server"""\n'
+                "        return self._do(motto, {})\n\n"))
+        change("README.md", ("| `--quiet` |", "| `--motto` | `Go on.` | what GET /v1/motto says |\n"))
+        change("test_nexus.py", ('        made = call("PUT", "/v1/sessions", {"creatorAgentId": "ada", '
+                                 '"greeting": TOKEN})', '        call("GET", "/v1/motto")\n'),
+               ('    ("npm-token", ' '"npm"', '    ("school-key", "pupil" + "_20261126"),\n'))
+        code, told = tests()
+        self.assertEqual(code, 0, told)
+
+    @unittest.skipUnless(os.name == "posix", "signals end a process on Windows")
+    def test_the_demo_leaves_its_server_running_if_told_to(self):
+        process = subprocess.Popen(
+            COMMAND + ["demo", "--serve"], env=clean_environment(self.home, TMPDIR=self.home),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(process.kill)
+        lines = []
+        while "/p/" not in "".join(lines[-1:]) or "$" in lines[-1]:
+            lines.append(process.stdout.readline().decode())
+            self.assertTrue(lines[-1], lines)
+        link = lines[-1].strip()
+        client = nexus.Client(link.partition("/p/")[0])
+        self.assertEqual(client.pair_status(link)["state"], "pending")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+        self.assertEqual((process.returncode, b"Traceback" in err), (0, False), err)
+        self.assertEqual(os.listdir(self.home), [])
 
 
 # ----------------------------------------------------------------------------------------
@@ -7312,7 +7503,7 @@ class Durations(CliCase):
 
     def test_every_time_takes_units_and_what_is_none_shows_the_forms(self):
         timed = {"--ttl", "--wait", "--interval", "--lease", "--delay", "--timeout",
-                 "--acked-older-than"}
+                 "--acked-older-than", "--slow"}
         self.assertEqual({flag for flag, row in nexus.FLAGS.items()
                           if row.kind in (nexus.duration, nexus.age_in_hours)}, timed)
         self.assertEqual(nexus.FLAGS["--acked-older-than"].kind("1d"), 24)
@@ -8115,7 +8306,7 @@ class ReadmeTellsTheTruth(Case):
         for row in nexus.SETTINGS:
             flag = "--" + row.name.replace("_", "-")
             found = [line for line in rows if re.search(r"`%s[` ]" % flag, line)]
-            self.assertTrue(found, "no row of a table names %s" % flag)
+            self.missing([flag][bool(found):], "README's table of options has no row for %s.")
             if row.default not in (None, False):
                 value = r"(?<![\w.])%s(?![\w.])" % re.escape(str(row.default))
                 self.assertRegex("\n".join(found), value)
