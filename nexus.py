@@ -954,8 +954,8 @@ Rule = collections.namedtuple("Rule", "type needles pattern accept reach",
                               defaults=(_accept_token, 512))
 Rule.__doc__ = """A row: where to look (needles), what for (pattern), is it meant (accept).
 
-In _TOKENS a needle is the token's own beginning and the pattern what follows it; in _SHAPES
-needles are lower case and the pattern is whole. A group `secret` is replaced alone,
+In _TOKENS a needle is the token's own beginning and the pattern what follows it, 20 characters in
+all or more (see _TOKEN_RUN); in _SHAPES needles are lower case and the pattern is whole. A group `secret` is replaced alone,
 otherwise all that matched. A row without a type takes it, and the secret's end, from what
 `accept` returns. After `reach` characters it is decided whether there is a match.
 """
@@ -8878,8 +8878,8 @@ def run(name, flags, rest):
     args = make_parser(name).parse_args(flags + (["--"] + rest if rest else []))
     if getattr(args, "home", None):
         os.environ["NEXUS_HOME"] = args.home
-    if getattr(args, "trace", None) or os.environ.get("NEXUS_TRACE", "").lower() in ON:
-        Line.trace = show_exchange
+    wanted = getattr(args, "trace", None) or os.environ.get("NEXUS_TRACE", "").lower() in ON
+    Line.trace = show_exchange if wanted else None
     if name.startswith("tx "):
         return VERBS[name].run(connect(args).messages, args)
     return VERBS[name].run(args)

@@ -598,6 +598,9 @@ class RedactTest(Case):
 
     def test_every_rule_has_an_example(self):
         tried = [token for _, token in TOKENS]
+        self.missing([token for token in tried if len(token) < len(nexus._TOKEN_RUN)],
+                     "%s is shorter than the 20 characters in a row without which a text is not"
+                     " looked at: its rule belongs to _SHAPES.")
         self.missing([needle for rule in nexus._TOKENS for needle in rule.needles.split()
                       if not any(needle in token for token in tried)],
                      "No example begins with %s: add one to TOKENS.")
@@ -7115,7 +7118,7 @@ def motto(call):
                ("def verb_selftest(", "def verb_motto(args):\n"
                 "    say(connect(args).motto())\n\n\n"),
                ('    "selftest": Verb(', '    "motto": Verb(verb_motto, "", "", "motto"),\n'),
-               ('    Rule("npm-token", ', '    Rule("school-key", "pupil_", r"[0-9]{8,}"),\n'))
+               ('    Rule("npm-token", ', '    Rule("school-key", "pupil_", r"[0-9]{14,}"),\n'))
         code, told = tests()
         self.assertEqual(code, 1, told)
         for sentence in (
@@ -7134,7 +7137,7 @@ def motto(call):
         change("README.md", ("| `--quiet` |", "| `--motto` | `Go on.` | what GET /v1/motto says |\n"))
         change("test_nexus.py", ('        made = call("PUT", "/v1/sessions", {"creatorAgentId": "ada", '
                                  '"greeting": TOKEN})', '        call("GET", "/v1/motto")\n'),
-               ('    ("npm-token", ' '"npm"', '    ("school-key", "pupil" + "_20261126"),\n'))
+               ('    ("npm-token", ' '"npm"', '    ("school-key", "pupil" + "_20261126000017"),\n'))
         code, told = tests()
         self.assertEqual(code, 0, told)
 
@@ -7618,6 +7621,59 @@ class ForEyes(CliCase):
         ran = self.cli("tx", "ack", ids[4], ids[3], "--lease-token", "t")
         self.assertEqual((ran.code, self.s.client().messages.pending("several")), (2, 1))
         self.assertIn("unrecognized", self.cli("tx", "ack", ids[4], "--odd").err)
+
+
+class Trace(CliCase):
+    """--trace: what went over the wire, keys masked, and the same as a curl line."""
+
+    SETTINGS = {"token": "t0ken-" + "of-the-server"}
+
+    def traced(self, *words, **environ):
+        """stderr of a verb, and the curl line of its last exchange."""
+        ran = self.cli(*words, "--trace", NEXUS_TOKEN=self.SETTINGS["token"], **environ)
+        self.assertEqual(ran.code, 0, ran)
+        return ran, re.findall(r"(?m)^\$ (curl .*)$", ran.err)[-1]
+
+    def key_of(self, ran):
+        """The session key that `create` has kept."""
+        with open(self.kept(ran.json["sessionId"], "key")) as file:
+            return file.read().strip()
+
+    def test_it_shows_request_answer_time_and_no_key(self):
+        ran, _ = self.traced("create", "--creator-agent-id", "ada", "--alias", "talk")
+        key = self.key_of(ran)
+        said = self.traced("send", "talk", "It's \u202e \x1b[31m")[0].err
+        for line in (r"> POST /v1/sessions/\w+/messages HTTP/1\.1", r"> X-Session-Key: \.\.\.",
+                     r"> Authorization: Bearer \.\.\.", r"  \d+\.\d ms", "< HTTP/1.1 201 Created",
+                     r'< \{"ok":true,"id":.*'):
+            self.assertRegex(said, "(?m)^%s$" % line)
+        self.assertNotIn("\x1b", said)
+        self.assertNotIn("\u202e", said)
+        for secret in (key, self.SETTINGS["token"]):
+            self.assertGreater(len(secret), 10)
+            self.assertNotIn(secret, ran.err + said)
+        said = self.cli("tx", "send", "c", "x" * 9999, NEXUS_TRACE="1").err
+        self.assertRegex(said, r"(?m)^> \.\.\. 1\d{4} characters in all$")
+        self.assertLess(len(said.partition("characters in all")[0]), 5000)
+        self.assertNotIn("> ", self.cli("tx", "pending", "c", NEXUS_TRACE="0").err)
+
+    def test_an_answer_that_never_came_is_shown(self):
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            url = "http://127.0.0.1:%d" % sock.getsockname()[1]
+        ran = self.cli("status", "0" * 48, "--trace", url=url)
+        self.assertRegex(ran.err, "(?m)^< nothing: No answer from %s" % url)
+
+    @unittest.skipUnless(BASH and shutil.which("curl"), "bash or curl is missing")
+    def test_its_curl_line_runs_as_printed(self):
+        key = self.key_of(self.traced("create", "--creator-agent-id", "ada", "--alias", "talk")[0])
+        for words in (("send", "talk", "It's $HOME, `id`\n\"!"), ("poll", "talk", "--after", "0"),
+                      ("tx", "send", "a b/c", "x", "--metadata", '{"k": "v"}'), ("renew", "talk")):
+            ran, line = self.traced(*words)
+            done = subprocess.run([BASH, "-c", line], stdout=subprocess.PIPE, timeout=60, env=dict(
+                os.environ, NEXUS_KEY=key, NEXUS_TOKEN=self.SETTINGS["token"]))
+            # A send repeats its answer: its Idempotency-Key went along.
+            self.assertEqual(json.loads(done.stdout.decode()),
+                             json.loads(re.findall(r"(?m)^< (\{.*)$", ran.err)[-1]))
 
 
 class TwoPeople(CliCase):
