@@ -955,8 +955,8 @@ Rule = collections.namedtuple("Rule", "type needles pattern accept reach",
 Rule.__doc__ = """A row: where to look (needles), what for (pattern), is it meant (accept).
 
 In _TOKENS a needle is the token's own beginning and the pattern what follows it, 20 characters in
-all or more (see _TOKEN_RUN); in _SHAPES needles are lower case and the pattern is whole. A group `secret` is replaced alone,
-otherwise all that matched. A row without a type takes it, and the secret's end, from what
+all or more (see _TOKEN_RUN); in _SHAPES needles are lower case and the pattern is whole. A group
+`secret` is replaced alone, otherwise all that matched. A row without a type takes it, and the secret's end, from what
 `accept` returns. After `reach` characters it is decided whether there is a match.
 """
 
@@ -6635,7 +6635,8 @@ def show_exchange(line, data, came, seconds):
         lines(32, "< ", (came.head + came.body).decode("utf-8", "replace"))
     else:
         lines(31, "< ", "nothing: " + came.message)
-    put(sys.stderr, painted(sys.stderr, 2, "$ " + visible(as_curl(line, data))))
+    same = as_curl(line, data) if len(data) < TRACE_CHARACTERS else "(too long for a line of curl)"
+    put(sys.stderr, painted(sys.stderr, 2, "$ " + visible(same)))
 
 
 def say(value):
