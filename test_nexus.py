@@ -7114,7 +7114,7 @@ def motto(call):
     return {"motto": call.app.settings.motto}
 
 
-'''), ('    Setting("quiet", ', '    Setting("motto", "Go on.", None, "what GET /v1/motto says"),\n'),
+'''), ('    Setting("quiet", ', '    Setting("motto", "Go on.", None, "what it says"),\n'),
                ("def verb_selftest(", "def verb_motto(args):\n"
                 "    say(connect(args).motto())\n\n\n"),
                ('    "selftest": Verb(', '    "motto": Verb(verb_motto, "", "", "motto"),\n'),
@@ -7134,9 +7134,9 @@ def motto(call):
                ("    def stats(self):", "    def motto(self):\n"
                 '        """The motto of the server"""\n'
                 "        return self._do(motto, {})\n\n"))
-        change("README.md", ("| `--quiet` |", "| `--motto` | `Go on.` | what GET /v1/motto says |\n"))
-        change("test_nexus.py", ('        made = call("PUT", "/v1/sessions", {"creatorAgentId": "ada", '
-                                 '"greeting": TOKEN})', '        call("GET", "/v1/motto")\n'),
+        change("README.md", ("| `--quiet` |", "| `--motto` | `Go on.` | what it says |\n"))
+        change("test_nexus.py", ('        made = call("PUT", "/v1/sessions", '
+                                 '{"creatorAgentId": "ada", "greeting": TOKEN})', '        call("GET", "/v1/motto")\n'),
                ('    ("npm-token", ' '"npm"', '    ("school-key", "pupil" + "_20261126000017"),\n'))
         code, told = tests()
         self.assertEqual(code, 0, told)
