@@ -957,7 +957,8 @@ Rule.__doc__ = """A row: where to look (needles), what for (pattern), is it mean
 In _TOKENS a needle is the token's own beginning and the pattern what follows it, 20 characters in
 all or more (see _TOKEN_RUN); in _SHAPES needles are lower case and the pattern is whole. A group
 `secret` is replaced alone, otherwise all that matched. A row without a type takes it, and the
-secret's end, from what `accept` returns. After `reach` characters it is decided whether there is a match.
+secret's end, from what `accept` returns. After `reach` characters it is decided whether there is a
+match.
 """
 
 # Unbounded repeats stand only at the end of a pattern, where nothing can fail after them.

@@ -7108,7 +7108,8 @@ class Lessons(Case):
                  "ReadmeTellsTheTruth.test_its_table_names_every_setting_with_its_default"],
                 cwd=folder, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=300)
             return done.returncode, done.stderr.decode()
-        change("nexus.py", ('@operation("GET", "/v1/stats"', '''@operation("GET", "/v1/motto", "Motto")
+        change("nexus.py", ('@operation("GET", "/v1/stats"', '''
+@operation("GET", "/v1/motto", "Motto")
 def motto(call):
     """A word to begin the day with"""
     return {"motto": call.app.settings.motto}
@@ -7136,7 +7137,8 @@ def motto(call):
                 "        return self._do(motto, {})\n\n"))
         change("README.md", ("| `--quiet` |", "| `--motto` | `Go on.` | what it says |\n"))
         change("test_nexus.py", ('        made = call("PUT", "/v1/sessions", '
-                                 '{"creatorAgentId": "ada", "greeting": TOKEN})', '        call("GET", "/v1/motto")\n'),
+                                 '{"creatorAgentId": "ada", "greeting": TOKEN})',
+                                 '        call("GET", "/v1/motto")\n'),
                ('    ("npm-token", ' '"npm"', '    ("school-key", "pupil" + "_20261126000017"),\n'))
         code, told = tests()
         self.assertEqual(code, 0, told)
