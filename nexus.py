@@ -27,7 +27,15 @@ The map. The file reads downward: nothing is used before it is defined.
     13. Client                 one short method for each operation, with retries
     14. Local state            the files under ~/.config/messaging, shared with nexus.sh
     15. MCP                    the same operations as tools for language models
-    16. Command line           one function for each verb
+    16. Terminal               what a person sees, and what all verbs share
+    17. Verbs of sessions      create, pair, claim, send, poll, chat, news, ...
+    18. Verbs of channels      tx send, tx inbox, tx work, tx ask, ...
+    19. Verbs of the server    serve, mcp, install, backup, restore
+    20. Lessons                learn, selftest, demo
+    21. Command line           the table of verbs, help, completion, exit codes
+
+With an hour, read four: 5 (how a commit is shared), 6 (how one waits for nothing), 8 (what a channel
+is) and 10 (what can be asked, and the one place that checks it).
 
 What it does not promise: no end-to-end encryption (whoever runs the server can read everything),
 no clustering (one process owns one database), no accounts.
@@ -6508,12 +6516,11 @@ class StdioMcp:
 
 
 # ----------------------------------------------------------------------------------------
-# 16. Command line
+# 16. Terminal
 #
-# One function for each verb. stdout carries JSON, one document (while polling goes on, a line for
-# each batch), but for tx, which speaks as its seed does, skill, demo and selftest; stderr is for
-# people. Here alone an error becomes an exit code: 1 when the server or the operation said no,
-# 2 when the command line made no sense.
+# What a person at a terminal sees, and what all verbs share: lines in which others can forge
+# nothing, tables, local times, the wire (--trace), which server is meant, and a command run for
+# each message. stdout is for data; stderr is for people.
 # ----------------------------------------------------------------------------------------
 
 class Usage(Exception):
@@ -6813,7 +6820,13 @@ class Commands:
             raise KeyboardInterrupt
 
 
-# Door 1.
+# ----------------------------------------------------------------------------------------
+# 17. Verbs of sessions
+#
+# One function for each verb; what it does is its docstring. stdout carries JSON, one document,
+# while polling goes on a line for each batch. Who is asked, as whom, from which cursor on: that is
+# in the local state, and is written down when the answer is safe.
+# ----------------------------------------------------------------------------------------
 
 def verb_create(args):
     """Open a session"""
@@ -7424,7 +7437,12 @@ def verb_doctor(args):
     return 0 if well else 1
 
 
-# Door 2. On stdout the text of the seed; with --json its JSON.
+# ----------------------------------------------------------------------------------------
+# 18. Verbs of channels
+#
+# On stdout the text that `tx` of the seed prints; with --json its JSON. Lines of stdin become
+# messages, many in a request; a worker runs a command for each message that it leases.
+# ----------------------------------------------------------------------------------------
 
 def show(args, value, *lines):
     """JSON if asked for, else lines for people; those about an object are filled in from it."""
@@ -7817,7 +7835,11 @@ def tx_work(messages, args):
         raise worker.trouble
 
 
-# Servers, demos and help.
+# ----------------------------------------------------------------------------------------
+# 19. Verbs of the server
+#
+# Run one, speak MCP, install a launcher, back a database up and put it back: whole or not at all.
+# ----------------------------------------------------------------------------------------
 
 def start_again_as_module():
     """Go on in a fresh interpreter (same process, POSIX) that imports this file.
@@ -8082,7 +8104,12 @@ def verb_restore(args):
     say({"ok": True, "database": database, "moved": moved})
 
 
-# To teach and to try: a stage, the lessons, the self-test that is made of them, the demo.
+# ----------------------------------------------------------------------------------------
+# 20. Lessons
+#
+# To teach and to try: a server and two agents on a stage, ten lessons on it, and the demo. What a
+# lesson shows is checked each time, so the self-test is all of them without anybody watching.
+# ----------------------------------------------------------------------------------------
 
 class Stage:
     """A server in a temporary folder and people with a home each, for who watches or tries things.
@@ -8238,8 +8265,6 @@ class Stage:
         self.check("the task was not done: " + what, held(answer))
         return answer
 
-
-# The lessons are the self-test, too: what they show is checked each time. See README, "Teach".
 
 def lesson_pairing(stage):
     """Pairing: a code lets one agent in, once"""
@@ -8567,7 +8592,12 @@ def verb_demo(args):
     stage.tell("The server is stopped and nothing is left behind. Your turn: nexus.py serve")
 
 
-# The table of verbs, and how a command line becomes a call.
+# ----------------------------------------------------------------------------------------
+# 21. Command line
+#
+# The table of verbs, and how words become a call. Here alone an error becomes an exit code: 1 when
+# the server or the operation said no, 2 when the command line made no sense.
+# ----------------------------------------------------------------------------------------
 
 def age_in_hours(text):
     """Hours, in which the seed counts, or a time with units."""
