@@ -34,8 +34,8 @@ The map. The file reads downward: nothing is used before it is defined.
     20. Lessons                learn, selftest, demo
     21. Command line           the table of verbs, help, completion, exit codes
 
-With an hour, read four: 5 (how a commit is shared), 6 (how one waits for nothing), 8 (what a channel
-is) and 10 (what can be asked, and the one place that checks it).
+With an hour, read four: 5 (how a commit is shared), 6 (how to wait without polling), 8 (what a
+channel is) and 10 (what can be asked, and the one place that checks it).
 
 What it does not promise: no end-to-end encryption (whoever runs the server can read everything),
 no clustering (one process owns one database), no accounts.
