@@ -5539,6 +5539,15 @@ class Line:
             self._idle.pop()[0].close()
 
 
+def body_of(value):
+    """A value as the bytes of a request's body. Raises invalid_request for what is no JSON."""
+    try:
+        return to_json(value).encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as trouble:      # UnicodeError is a ValueError
+        raise NexusError("invalid_request", "This cannot be sent as JSON: %s." % trouble,
+                         status=400) from None
+
+
 class Page(list):
     """What one answer lists. `more`: are there others behind them? None: nobody said.
 
@@ -5597,13 +5606,15 @@ class Messages:
         """
         batch, part, size, number = batch or os.urandom(16).hex(), [], 0, 0
         for message in itertools.chain(messages, [None]):
+            if not isinstance(message, (dict, type(None))):
+                raise invalid("messages", "must be dicts with the fields of send()")
             row, weight = _on_wire(message or {}), 0
             if message is not None:
                 number += 1
                 row.setdefault("idempotencyKey", "%s:%d" % (batch, number))
                 if self._client.sender:
                     row.setdefault("sender", self._client.sender)
-                weight = len(to_json(row).encode("utf-8", "replace"))
+                weight = len(body_of(row))
             if part and (not weight or len(part) == MAX_MANY or size + weight > MANY_BYTES):
                 yield from self._store(part)
                 part, size = [], 0
@@ -5765,7 +5776,7 @@ class Client:
         if query:
             path += "?" + "&".join("%s=%s" % (name, percent(value))
                                    for name, value in query.items())
-        raw = None if body is None else to_json(body).encode("utf-8")
+        raw = None if body is None else body_of(body)
         patience, pause = self.patience, CLIENT_BACKOFF
         for attempt in range(1, CLIENT_ATTEMPTS + 1):
             try:
@@ -6024,6 +6035,14 @@ class State:
                 os.makedirs(folder[:position], 0o700, exist_ok=True)
                 os.chmod(folder[:position], 0o700)
 
+    def check(self):
+        """Raise broken_state where nothing can be kept: before a server gives a key, not after."""
+        try:
+            self._make_folders(self._path("sessions"))
+            os.close(create_private(self._path("lock"), fresh=0))
+        except OSError as trouble:
+            raise self._broken(self._path("sessions"), trouble) from None
+
     def get(self, session_id, name):
         """agent, key, cursor or server of a session; "" if not known."""
         return self._read(self._session(session_id, name)).strip()
@@ -6066,6 +6085,7 @@ class State:
     def _change(self, name, values, **style):
         """Put values into a file of JSON, None takes one out; one command at a time.
 
+        `values` may be a function that is given those that are there.
         After LOCK_SECONDS without the lock: the disk knows none, or a command hangs. nexus.sh knows
         no lock; of what it and we write in the same moment, one may be lost.
         """
@@ -6082,7 +6102,8 @@ class State:
                     break
                 except OSError:
                     time.sleep(0.01)
-            values = dict(self._load_json(name), **values)
+            found = self._load_json(name)
+            values = dict(found, **values(found) if callable(values) else values)
             self._write(path, json.dumps({key: value for key, value in values.items()
                                           if value is not None}, **style) + "\n")
         finally:
@@ -6150,12 +6171,18 @@ class State:
         """What `news --once KEY` has told: {place: number of its last message}."""
         return self._load_json("told.json").get(key, {})
 
-    def tell(self, key, places):
-        """Add to what was told under a key; keys without news for TOLD_SECONDS are forgotten."""
-        now = time.time()
-        keys = {old: None for old, found in self._load_json("told.json").items()
-                if now - found["at"] > TOLD_SECONDS}
-        self._change("told.json", dict(keys, **{key: dict(self.told(key), at=now, **places)}))
+    def tell(self, key, places, show):
+        """show() the places of which not all was told under this key meanwhile, and note them.
+
+        Keys without news for TOLD_SECONDS are forgotten.
+        """
+        def change(known):
+            told, now = known.get(key, {}), time.time()
+            fresh = {place: last for place, last in places.items() if last > told.get(place, 0)}
+            show(fresh)                 # before it is noted: a reader who hung up was not told
+            old = {name: None for name, row in known.items() if now - row["at"] > TOLD_SECONDS}
+            return dict(old, **{key: dict(told, at=now, **fresh)})
+        self._change("told.json", change)
 
     def key_is_private(self, session_id):
         """True, False, or None where there is no key file; Windows keeps no such modes."""
@@ -6317,6 +6344,7 @@ class LocalTools:
         return client.perform(entry, values)
 
     def _enter(self, client, entry, values):
+        self._state.check()
         answer = client.perform(entry, values)
         agent_id = values.get("creatorAgentId" if entry.tool == "nexus_create" else "agentId")
         if agent_id:
@@ -6732,6 +6760,39 @@ def adopt(client, session_id):
         state.put(session_id, "server", client.address.url)
 
 
+def lines_of(stream):
+    """Yield the lines of a binary stream as they come, and None MANY_SECONDS after the first.
+
+    So a file fills whole requests, and who types waits for nobody. A thread reads ahead.
+    """
+    # Not through the buffer: its lock must be free when the program ends before its input does.
+    raw, chunks, chunk, rest = getattr(stream, "raw", stream), queue.Queue(16), None, b""
+
+    def read():
+        try:
+            for chunk in iter(lambda: raw.read(STDIN_BYTES), b""):
+                chunks.put(chunk) if chunk else time.sleep(MANY_SECONDS)     # None: not yet
+            chunks.put(b"")
+        except (OSError, ValueError) as trouble:
+            chunks.put(trouble)
+    threading.Thread(target=read, daemon=True).start()
+    ends = None
+    while chunk != b"":
+        try:            # a second: on Windows, Ctrl-C takes effect when a wait is over
+            chunk = chunks.get(timeout=max(0, ends - time.monotonic()) if ends else 1)
+        except queue.Empty:
+            yield None
+            ends = None
+            continue
+        if isinstance(chunk, Exception):
+            raise chunk
+        *lines, rest = (rest + chunk).split(b"\n")
+        if rest and (not chunk or len(rest) > LINE_BYTES):      # the last one; one far too long
+            lines.append(rest)
+        ends = ends or lines and time.monotonic() + MANY_SECONDS
+        yield from lines
+
+
 # A command for each message.
 
 class Commands:
@@ -6831,6 +6892,8 @@ class Commands:
 def verb_create(args):
     """Open a session"""
     client = connect(args)
+    if args.creator_agent_id or args.alias:
+        State().check()
     answer = client.create(args.ttl, args.max_agents, args.greeting, args.creator_agent_id)
     session_id = answer["sessionId"]
     if args.creator_agent_id:
@@ -6853,6 +6916,7 @@ def verb_status(args):
 def verb_join(args):
     """Join a session by its id"""
     session_id, state = session_of(args), State()
+    state.check()
     client = connect(args, session_id)
     known = state.get(session_id, "agent") == args.agent_id and state.get(session_id, "key")
     answer = client.join(session_id, args.agent_id, known or None)
@@ -6907,6 +6971,7 @@ def verb_claim(args):
     code, server = invitation(args.code)
     args.url = args.url or server       # a link says where its code is good
     client = connect(args)
+    State().check()
     answer = client.claim(code, args.agent_id)
     remember(args, client, answer["sessionId"], args.agent_id, answer)
     say(answer)
@@ -6991,16 +7056,20 @@ def consumer_of(args, show):
     return consume
 
 
-def follow_session(args, client, session_id):
-    """Show what comes, a line for each message; the saved cursor moves after each line."""
+def follow_session(args, client, session_id, turn):
+    """Show what comes, a line for each message, and move the saved cursor, in the `turn` (a lock).
+
+    Whoever ends takes the turn and keeps it: then nothing is half shown.
+    """
     state, agent_id = State(), agent_of(args, session_id)
     consume = consumer_of(args, lambda message: put(sys.stdout, message_line(message))
                        if sys.stdout.isatty() else say(message))
     for answer in client.follow(session_id, agent_id, state.cursor(session_id, args.after)):
         adopt(client, session_id)
         for message in answer["messages"]:
-            consume(message, message["cursor"], lambda: args.after is None and state.knows(
-                session_id) and state.put(session_id, "cursor", message["cursor"]))
+            with turn:
+                consume(message, message["cursor"], lambda: args.after is None and state.knows(
+                    session_id) and state.put(session_id, "cursor", message["cursor"]))
 
 
 def message_line(message):
@@ -7015,25 +7084,31 @@ def verb_chat(args):
     """Talk: what others write is shown as it comes, each line that is typed is sent"""
     session_id = session_of(args)
     agent_id, client = agent_of(args, session_id), connect(args, session_id)
-    key, ended = key_of(session_id, agent_id), []
+    key, ended, turn = key_of(session_id, agent_id), [], threading.Lock()
 
     def listen():
         try:
-            follow_session(args, client, session_id)
+            follow_session(args, client, session_id, turn)
         except (NexusError, OSError) as trouble:    # the session is over, or stdout is closed
             ended.append(trouble)
-            if os.name == "posix":
-                os.kill(os.getpid(), signal.SIGINT)     # whoever waits for a line hears of it
-    threading.Thread(target=listen, daemon=True).start()
 
     def talk():
-        for line in iter(sys.stdin.readline, ""):
-            if line.strip():
-                once = os.urandom(16).hex()
-                client.insist(lambda: client.send(session_id, agent_id, line.rstrip("\r\n"), None,
-                                                  key, once))
+        number = 0
+        for line in lines_of(sys.stdin.buffer):
+            if ended:
+                return
+            number += line is not None
+            try:
+                text, once = (line or b"").decode("utf-8").rstrip("\r"), os.urandom(16).hex()
+            except UnicodeError:
+                tip("Line %d is not UTF-8 and was not sent." % number)
+                continue
+            if text.strip():
+                client.insist(lambda: client.send(session_id, agent_id, text, None, key, once))
+    threading.Thread(target=listen, daemon=True).start()
     tip("You are %s. Each line is sent; Ctrl-D or Ctrl-C ends." % agent_id)
     until_stopped(talk)
+    turn.acquire(timeout=1)             # or nobody reads what is being shown
     if ended:
         raise ended[0]
 
@@ -7073,7 +7148,8 @@ def verb_poll(args):
     """Read new messages; the cursor is kept for the next time; --follow: and those that come"""
     session_id = session_of(args)
     if args.follow:
-        return until_stopped(lambda: follow_session(args, connect(args, session_id), session_id))
+        return until_stopped(lambda: follow_session(args, connect(args, session_id), session_id,
+                                                    threading.Lock()))
     if args.exec:
         raise Usage("--exec goes with --follow")
     answer = poll_once(args, connect(args, session_id), session_id,
@@ -7304,9 +7380,10 @@ def look_around(args, told):
     places += [("channel", name) for name in args.channel or ()]
     lost = None
     while True:
-        found = [each or (None, NexusError("unreachable", "No answer in time.", status=503))
-                 for each in side_by_side(lambda place: look_at(args, told, *place), places,
-                                          NEWS_SECONDS)]
+        found = [each or (None, NexusError("unreachable", "No answer in time about %s." % name,
+                                           status=503))
+                 for (_, name), each in zip(places, side_by_side(
+                     lambda place: look_at(args, told, *place), places, NEWS_SECONDS))]
         rows, left = [row for row, _ in found if row], ends - time.monotonic()
         if lost is None:
             lost = [refusal for _, refusal in found if refusal]
@@ -7333,13 +7410,18 @@ def verb_news(args):
     if args.once == "":
         raise Usage("--once takes a key, such as the id of the agent's session; it is empty")
     rows, lost = look_around(args, State().told(args.once) if args.once else {})
-    last = dict(row.pop("told") for row in rows)
-    if args.json:
-        say({"places": rows})
+    marks = [row.pop("told") for row in rows]
+
+    def show_news(fresh):
+        shown = [row for row, (place, _) in zip(rows, marks) if place in fresh]
+        if args.json:
+            say({"places": shown})
+        else:
+            print("".join(news_line(row) + "\n" for row in shown), end="", flush=True)
+    if args.once and rows:
+        State().tell(args.once, dict(marks), show_news)
     else:
-        print("".join(news_line(row) + "\n" for row in rows), end="", flush=True)
-    if args.once and rows:              # only now: a reader who hung up has not been told
-        State().tell(args.once, last)
+        show_news(dict(marks))
     lost = [refusal for refusal in lost if args.strict and (
         args.session or refusal.status != 404)]         # sessions end: that is no trouble
     for refusal in lost:
@@ -7477,39 +7559,6 @@ def show_list(args, page, verb):
         args, page, "message(s)", page[-1]["id"], verb, args.channel))
 
 
-def lines_of(stream):
-    """Yield the lines of a binary stream as they come, and None MANY_SECONDS after the first.
-
-    So a file fills whole requests, and who types waits for nobody. A thread reads ahead.
-    """
-    # Not through the buffer: its lock must be free when the program ends before its input does.
-    raw, chunks, chunk, rest = getattr(stream, "raw", stream), queue.Queue(16), None, b""
-
-    def read():
-        try:
-            for chunk in iter(lambda: raw.read(STDIN_BYTES), b""):
-                chunks.put(chunk) if chunk else time.sleep(MANY_SECONDS)     # None: not yet
-            chunks.put(b"")
-        except (OSError, ValueError) as trouble:
-            chunks.put(trouble)
-    threading.Thread(target=read, daemon=True).start()
-    ends = None
-    while chunk != b"":
-        try:            # a second: on Windows, Ctrl-C takes effect when a wait is over
-            chunk = chunks.get(timeout=max(0, ends - time.monotonic()) if ends else 1)
-        except queue.Empty:
-            yield None
-            ends = None
-            continue
-        if isinstance(chunk, Exception):
-            raise chunk
-        *lines, rest = (rest + chunk).split(b"\n")
-        if rest and (not chunk or len(rest) > LINE_BYTES):      # the last one; one far too long
-            lines.append(rest)
-        ends = ends or lines and time.monotonic() + MANY_SECONDS
-        yield from lines
-
-
 def invalid_line(number, why):
     """The refusal of one line of stdin."""
     return NexusError("invalid_line", "Line %d: %s." % (number, why), status=400,
@@ -7530,7 +7579,8 @@ def rows_of(args):
         try:
             if len(line) > LINE_BYTES:
                 raise ValueError("more than %d bytes" % LINE_BYTES)
-            text = line[:-1 if line.endswith(b"\r") else None].decode("utf-8")
+            text = line[:-1 if line.endswith(b"\r") else None].decode(
+                "utf-8-sig" if number == 1 else "utf-8")        # what Windows puts before a file
             found = parse_json(text) if args.jsonl else {"content": text}
             if not isinstance(found, dict):
                 raise ValueError("not a JSON object")
@@ -7880,7 +7930,8 @@ def verb_mcp(args):
         raise Usage("--tools is nexus, tx or all")
     # Whatever prints by mistake must not break the protocol: stdout is ours alone.
     stdout, sys.stdout = sys.stdout.buffer, sys.stderr
-    StdioMcp(LocalTools(State(), lambda session_id: connect(args, session_id, "mcp"),
+    StdioMcp(LocalTools(State(), lambda session_id: client_for(
+        args, State().server(args.url, session_id)[0], sender="mcp"),
                         (args.tools or "").replace("all", "")), sys.stdin.buffer, stdout).run()
 
 
@@ -8749,7 +8800,8 @@ def flags_of(name):
 
 
 def _misused(why):
-    raise Usage(re.sub("invalid (duration|age_in_hours) value: ", TIME_FORMS, why))
+    why = re.sub("invalid (duration|age_in_hours) value: ", TIME_FORMS, why)
+    raise Usage(re.sub("^argument (.*): invalid int value: ", r"\1 takes a whole number, not ", why))
 
 
 def make_parser(name):

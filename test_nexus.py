@@ -4175,6 +4175,20 @@ dead(channel, revive(id)  ask(channel, content, timeout=60, reply(id, content,""
 class ClientPromises(ChannelCase):
     """nexus.Client against the real server and against scripted ones."""
 
+    def test_what_is_no_json_is_refused_in_words_before_it_is_sent(self):
+        client, before = self.s.client(), self.s.app.requests
+        for call in (lambda: client.send(UNKNOWN, "ada", "half \ud800"),
+                     lambda: client.send(UNKNOWN, "ada", json={"a": {1, 2}}),
+                     lambda: client.messages.send("c", object()),
+                     lambda: list(client.messages.send_many([{"channel": "c", "content": b"x"}])),
+                     lambda: list(client.messages.send_many(["c"])),
+                     lambda: client.messages.ack_many([object()])):
+            with self.assertRaisesRegex(nexus.NexusError, "JSON|dict") as caught:
+                call()
+            self.assertEqual((caught.exception.code, caught.exception.status),
+                             ("invalid_request", 400))
+        self.assertEqual(self.s.app.requests, before)
+
     def scripted(self, *steps):
         """(a Scripted, a client on it, the list of its sleeps)."""
         server, sleeps = Scripted(self, *steps), []
@@ -5581,6 +5595,12 @@ class FlagsAndHelp(CliCase):
         for row in nexus.SETTINGS:
             self.assertIn("default: %s; %s)" % (row.default, nexus.environment_name(row)), shown)
 
+    def test_what_is_no_number_is_said_in_words(self):
+        self.assertIn("ID takes a whole number, not 'x'. See: nexus.py help tx ack",
+                      self.cli("tx", "ack", "x").err)
+        self.assertIn("--limit takes a whole number, not '1.5'",
+                      self.cli("tx", "inbox", "c", "--limit", "1.5").err)
+
     def test_help_lists_every_verb_and_explains_each(self):
         for ran in (self.cli("--help"), self.cli("help"), self.cli("-h", "nonsense")):
             self.assertEqual((ran.code, ran.err), (0, ""))
@@ -6339,6 +6359,14 @@ class News(CliCase):
         self.assertEqual(self.texts("review"), ["Hi", "secret plan", "mine", "more"])
         self.assertEqual(self.news(), "")               # what was read is none
 
+    def test_two_at_once_under_one_key_tell_once(self):
+        self.says("hello")
+        told = []
+        with between(nexus, "look_around", lambda: told.append(self.news("--once", "k"))):
+            self.assertEqual(self.news("--once", "k"), "")
+        self.assertRegex(told[0], "^review: 1 new from bob")
+        self.assertEqual(self.news("--once", "k"), "")
+
     def test_ages_are_short(self):
         now = time.time()
         for seconds, text in ((-9, "0 s"), (59, "59 s"), (60, "1 min"), (3599, "59 min"),
@@ -6446,7 +6474,7 @@ class News(CliCase):
         with patched(nexus.socket, "getaddrinfo", lambda *_, **__: go.wait(30)), \
                 patched(nexus, "NEWS_SECONDS", 0.1):
             self.assertEqual(self.news(), "")
-            self.assertIn("Error: No answer in time.", self.cli("news", "--strict").err)
+            self.assertIn("Error: No answer in time about review.", self.cli("news", "--strict").err)
 
     def test_a_wait_ends_with_the_first_that_is_new(self):
         other = self.opened()
@@ -7270,6 +7298,12 @@ class Pipes(CliCase):
         self.pipe("--jsonl", input=json.dumps(json.loads(again)[0]))
         self.assertEqual(len(self.contents("other")), 2)
 
+    def test_the_mark_that_windows_puts_before_a_file_is_no_part_of_it(self):
+        self.text("send", "--jsonl", input=b'\xef\xbb\xbf{"channel": "bom", "content": "x"}\n')
+        self.text("send", "bom", "--lines", input=b"\xef\xbb\xbfy\n\xef\xbb\xbfz\n")
+        self.assertEqual([row["content"] for row in self.s.client().messages.inbox("bom")],
+                         ["x", "y", "\ufeffz"])
+
     def test_a_bad_line_is_told_by_its_number_and_nothing_of_its_batch_is_stored(self):
         good = [b"%d" % number for number in range(5)]
         cases = [([], b"\xff", "not UTF-8"), ([], b"", "content must not be empty"),
@@ -7689,6 +7723,15 @@ class TwoPeople(CliCase):
         self.ok("send", sid, "hi", NEXUS_HOME=ada)
         row, = self.ok("poll", sid, "--home", bob, NEXUS_HOME=ada)["messages"]  # the flag wins
         self.assertEqual((row["agentId"], row["verified"]), ("ada", True))
+        for path in (os.path.join(ada, "config.json", "x"), "/dev/null"):   # no folder to be made
+            with open(os.path.join(ada, "config.json"), "a"):
+                before = self.s.app.requests
+            for words in (["create", "--creator-agent-id", "eve"], ["claim", code, "--agent-id",
+                          "eve"], ["join", sid, "--agent-id", "eve"], ["create", "--alias", "x"]):
+                self.assertIn("give another --home", self.no(
+                    "broken_state", *words, "--home", path).err)
+            self.assertEqual(self.s.app.requests, before)   # nor is anybody in without a key
+        os.unlink(os.path.join(ada, "config.json"))
         for words in ([], ["--home", bob]):
             self.assertEqual(self.ok("config", "show", *words, NEXUS_HOME=ada if words else bob)[
                 "configPath"], os.path.join(bob, "config.json"))
@@ -9104,6 +9147,42 @@ class FollowTest(CliCase):
         self.assertEqual((ran.code, ran.err.count("Traceback")), (0, 0))
         until(lambda: len(self.s.poll(sid, "bob").json["messages"]) == 3)
         self.assertEqual(texts(self.s.poll(sid, "bob")), ["hello", "one", "two"])
+
+    def test_chat_passes_over_what_is_not_utf_8_and_hears_of_an_end(self):
+        home, (sid, keys) = self.folder(), self.s.session(("ada", "bob"))
+        nexus.State(home).remember(sid, self.s.url, "ada", keys["ada"])
+        ran = run_here(home, "chat", sid, input=b"one\r\n\xff\xfe\ntwo", url=self.s.url)
+        self.assertEqual(ran.code, 0)
+        self.assertIn("Line 2 is not UTF-8 and was not sent.", ran.err)
+        self.assertEqual(texts(self.s.poll(sid, "bob")), ["one", "two"])
+        nexus.State(home).remember(UNKNOWN, self.s.url, "ada", keys["ada"])
+        reading, writing = os.pipe()
+        self.addCleanup(os.close, writing)              # nobody types: it must not wait for that
+        with open(reading, "rb", buffering=0) as raw, patched(nexus, "lines_of", functools.partial(
+                lambda lines, _: lines(raw), nexus.lines_of)):
+            ran = run_here(home, "chat", UNKNOWN, url=self.s.url)
+        self.assertEqual((ran.code, ran.json["error"]), (1, "session_not_found"))
+
+    def test_chat_ends_after_what_it_shows(self):
+        home, (sid, keys) = self.folder(), self.s.session(("ada", "bob"))
+        nexus.State(home).remember(sid, self.s.url, "ada", keys["ada"])
+        self.s.send(sid, "bob", "hello")
+        showing = threading.Event()
+
+        def say(message, real=nexus.say):
+            showing.set()
+            time.sleep(0.05)            # the end comes meanwhile, most times
+            real(message)
+
+        class Patient(io.BytesIO):
+            def read(self, size):
+                showing.wait(10)
+                return b""
+        with patched(nexus, "say", say), patched(nexus, "lines_of", functools.partial(
+                lambda lines, _: lines(Patient()), nexus.lines_of)):
+            ran = run_here(home, "chat", sid, url=self.s.url)
+        self.assertEqual((ran.code, ran.json["text"]), (0, "hello"))
+        self.assertEqual(nexus.State(home).get(sid, "cursor"), "1")
 
     def test_follow_prints_json_lines_and_keeps_the_cursor(self):
         home, (sid, keys) = self.folder(), self.s.session(("ada", "bob"))
@@ -10559,6 +10638,7 @@ ROWS = [
     Row("held", "{parked:,} long polls held and woken", ">=", 1.0, "of all"),
     Row("parked", "sends with {parked:,} polls parked", ">=", 0.7, "x without"),
     Row("parked-rss", "memory with {parked:,} polls parked", "<=", 600, "MiB"),
+    Row("follow", "line on a follower's stdout, less the send", "<=", 2.0, "ms"),
     Row("batch", "messages in batches of 100, 4 connections", ">=", 4.0, "x single, 16"),
     Row("kept", "counts by a client that keeps its connection", ">=", 2.0, "x anew"),
     Row("launcher", "`send` by the launcher less a bare Python -S", "<=", 0.6, "x bash"),
@@ -11011,6 +11091,33 @@ def stage_throughput(run):
         run.compare("inbox", floor, (server.port, [[bench_request("GET", path)]] * LANES))
 
 
+def stage_follow(run):
+    """From a send to the line that a `tx inbox --follow` of another process prints of it."""
+    server, sender = run.keep(BenchServer(run.folder, "follow")), None
+    sender, gaps = Lane(server.port), []
+    process = subprocess.Popen(
+        COMMAND + ["tx", "inbox", "seen", "--follow", "--json"], stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, env=clean_environment(run.folder, NEXUS_URL=server.url))
+    run.stack.callback(process.wait)
+    run.stack.callback(process.stdout.close)
+    run.stack.callback(process.terminate)
+    requests = channel_lanes("seen", 1)[0]
+    sender.call("POST", "/api/messages", {"channel": "seen", "content": "first"})
+    process.stdout.readline()           # it is up
+    for _ in range(run.sizes.rounds):
+        times = []
+        for turn in range(run.sizes.turns):
+            time.sleep(PAUSE)
+            alone = microseconds(sender, requests[turn % VARIANTS], sender)
+            begin = time.perf_counter()
+            process.stdout.readline()   # of the send just measured: it may be here already
+            times.append((time.perf_counter() - begin) * 1e3)
+            if not alone:
+                raise RuntimeError("the send took no time")
+        gaps.append(statistics.median(times))
+    run.record("follow", gaps)
+
+
 def stage_batch(run):
     """Messages a second, many in a request against one in each."""
     server, count = run.keep(BenchServer(run.folder, "batch")), 100
@@ -11264,6 +11371,7 @@ STAGES = [
     (stage_idle, ("idle",)),
     (stage_throughput, ("send", "session", "inbox")),
     (stage_wake, ("wake",)),
+    (stage_follow, ("follow",)),
     (stage_batch, ("batch",)),
     (stage_kept, ("kept",)),
     (stage_command_line, ("cli-send", "cli-tx", "launcher")),
