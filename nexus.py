@@ -8801,7 +8801,8 @@ def flags_of(name):
 
 def _misused(why):
     why = re.sub("invalid (duration|age_in_hours) value: ", TIME_FORMS, why)
-    raise Usage(re.sub("^argument (.*): invalid int value: ", r"\1 takes a whole number, not ", why))
+    raise Usage(re.sub("^argument (.*): invalid int value: ",
+                       r"\1 takes a whole number, not ", why))
 
 
 def make_parser(name):
