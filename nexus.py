@@ -6838,6 +6838,8 @@ class Commands:
             except OSError as trouble:
                 raise self._not_run(trouble.strerror) from None
         self._running.add(process)
+        if self.signals > 1:            # since it was started: whoever got them did not see it
+            self._end(process)
         while process.returncode is None:
             try:
                 process.wait(every)
@@ -6855,15 +6857,18 @@ class Commands:
         if self.busy and self.signals == 1:
             tip("Stopping when what runs has finished; Ctrl-C again ends it.")
         for process in list(self._running) if self.signals > 1 else ():
-            try:
-                if os.name != "posix":
-                    process.send_signal(signal.CTRL_BREAK_EVENT)
-                elif process.poll() is None:
-                    os.killpg(process.pid, signal.SIGTERM if self.signals == 2 else signal.SIGKILL)
-            except OSError:
-                pass                    # it has ended by itself
+            self._end(process)
         if not self.busy or self.signals > 2 and not self._running:
             raise KeyboardInterrupt
+
+    def _end(self, process):
+        try:
+            if os.name != "posix":
+                process.send_signal(signal.CTRL_BREAK_EVENT)
+            elif process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM if self.signals == 2 else signal.SIGKILL)
+        except OSError:
+            pass                        # it has ended by itself
 
     def consume(self, message, number, done):
         """Run it for a message, JSON on its stdin; done() when it exits 0. Raises command_failed.

@@ -6776,6 +6776,17 @@ class Work(CommandCase):
             os.unlink(os.path.join(self.home, "began.%d" % number))
         self.assertTrue(self.there("trapped"))
 
+    @unittest.skipUnless(os.name == "posix", "a Windows console is needed")
+    def test_signals_between_start_and_wait_end_what_has_just_begun(self):
+        with patched(nexus.signal, "signal", lambda *_: None):
+            commands = nexus.Commands("sleep 60")
+        commands.busy = True
+
+        def twice():
+            commands._stop(), commands._stop()
+        with patched(nexus, "tip", print_not), between(nexus.subprocess, "Popen", twice):
+            self.assertEqual(commands.run("", {}), 128 + signal.SIGTERM)
+
     def test_a_worker_that_is_idle_ends_at_once_and_holds_nothing(self):
         process = self.work("true", "--parallel", 3)
         until(lambda: self.s.store.waiters.parked == 3)
