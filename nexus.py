@@ -20,22 +20,23 @@ The map. The file reads downward: nothing is used before it is defined.
      6. Waiting                long polls without polling
      7. Sessions               door 1: agents, codes, messages with cursors
      8. Channels               door 2: inboxes, acks, leases, replies
-     9. Expiry                 what is over is deleted, in small steps, for good
-    10. Operations             what can be asked, and the one choke point that checks it
-    11. Descriptions           JSON Schema, OpenAPI and pages, derived from the operations
-    12. HTTP server            bytes in, bytes out, and everything a hostile client tries
-    13. Client                 one short method for each operation, with retries
-    14. Local state            the files under ~/.config/messaging, shared with nexus.sh
-    15. MCP                    the same operations as tools for language models
-    16. Terminal               what a person sees, and what all verbs share
-    17. Verbs of sessions      create, pair, claim, send, poll, chat, news, ...
-    18. Verbs of channels      tx send, tx inbox, tx work, tx ask, ...
-    19. Verbs of the server    serve, mcp, install, backup, restore
-    20. Lessons                learn, selftest, demo
-    21. Command line           the table of verbs, help, completion, exit codes
+     9. Parcels                channels carried to a server that no network reaches
+    10. Expiry                 what is over is deleted, in small steps, for good
+    11. Operations             what can be asked, and the one choke point that checks it
+    12. Descriptions           JSON Schema, OpenAPI and pages, derived from the operations
+    13. HTTP server            bytes in, bytes out, and everything a hostile client tries
+    14. Client                 one short method for each operation, with retries
+    15. Local state            the files under ~/.config/messaging, shared with nexus.sh
+    16. MCP                    the same operations as tools for language models
+    17. Terminal               what a person sees, and what all verbs share
+    18. Verbs of sessions      create, pair, claim, send, poll, chat, news, ...
+    19. Verbs of channels      tx send, tx inbox, tx work, tx ask, ...
+    20. Verbs of the server    serve, mcp, install, backup, restore
+    21. Lessons                learn, selftest, demo
+    22. Command line           the table of verbs, help, completion, exit codes
 
 With an hour, read four: 5 (how a commit is shared), 6 (how to wait without polling), 8 (what a
-channel is) and 10 (what can be asked, and the one place that checks it).
+channel is) and 11 (what can be asked, and the one place that checks it).
 
 What it does not promise: no end-to-end encryption (whoever runs the server can read everything),
 no clustering (one process owns one database), no accounts.
@@ -75,6 +76,7 @@ argparse = Later("argparse")
 calendar = Later("calendar")
 difflib = Later("difflib")
 futures = Later("concurrent.futures", "futures")
+gzip = Later("gzip")
 hashlib = Later("hashlib")
 hmac = Later("hmac")
 http_server = Later("http.server", "http_server")
@@ -97,6 +99,7 @@ textwrap = Later("textwrap")
 threading = Later("threading")
 unicodedata = Later("unicodedata")
 urllib_parse = Later("urllib.parse", "urllib_parse")
+zlib = Later("zlib")
 
 # ----------------------------------------------------------------------------------------
 # 1. Limits and settings
@@ -126,6 +129,10 @@ MAX_LEASE_SECONDS = 3600        # a worker that needs longer extends its lease
 MANY_BYTES = 500000             # of them in a request of our client: half of --max-body
 MAX_MANY = 1000                 # messages sent, or acks, in one request and one commit
 MANY_SECONDS = 0.05             # lines on stdin that come within this go in one request
+PARCEL_ROWS = 200               # messages or acks of a parcel in one request and one commit
+MAX_PARCEL_CHANNELS = 100       # channels that one export may choose
+RESTORED_IDS = 10 ** 9          # ids passed over by restore: more than a backup can have missed
+KEY_BYTES = 32                  # the least that the file of a parcel's key may hold
 DEFAULT_CHANNELS = 100          # channels in one answer when no limit is given
 MAX_LEASES_AT_ONCE = 100        # messages in one lease answer
 MAX_NAME = 256                  # characters in a channel, sender, task or correlation id
@@ -249,6 +256,7 @@ SETTINGS = (
     Setting("max_session_bytes", 67108864, 1024, "characters kept in one session"),
     Setting("max_channel_messages", 5000000, 1, "messages kept in one channel"),
     Setting("max_channel_bytes", 4294967296, 1024, "characters kept in one channel"),
+    Setting("site", None, None, "name of this server for parcels (default: its id)"),
     Setting("tls_cert", None, None, "certificate file (PEM): serve https"),
     Setting("tls_key", None, None, "private key file (PEM), if not in the certificate's file"),
     Setting("trust_proxy", False, None, "believe X-Forwarded-For and X-Forwarded-Proto"),
@@ -345,6 +353,10 @@ ERRORS = {
                           " --max-agents may help."),
     "agent_id_taken": (409, "An agent with this id is already in the session. Choose another id,"
                             " or join again with its session key."),
+    "parcel_not_found": (404, "There is no such parcel: it was never finished, or goes to another"
+                              " site."),
+    "parcel_missing": (409, "A parcel before this one has not come."),
+    "parcel_elsewhere": (409, "This parcel is for another site."),
     "idempotency_key_reused": (409, "This Idempotency-Key was used for another body. Take a new"
                                     " key for a new message."),
     "lease_expired": (409, "This lease is over or was never given: the message may be somebody"
@@ -459,6 +471,11 @@ def iso(milliseconds):
     return "%s.%03dZ" % (_second(milliseconds // 1000), milliseconds % 1000)
 
 
+def seconds_of(text):
+    """A time on the wire as seconds since 1970, whole ones. Raises ValueError."""
+    return calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
+
+
 def digest(secret):
     """What is stored of a key or code: its SHA-256. They are random, so no salt is needed."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
@@ -545,6 +562,15 @@ def create_private(path, fresh=os.O_EXCL):
                               % path)
     return os.open(path, os.O_RDWR | os.O_CREAT | fresh | getattr(os, "O_NOFOLLOW", 0)
                    | getattr(os, "O_BINARY", 0), 0o600)
+
+
+def sync(path, flags):
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    file = os.open(path, flags)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def still_there(path, found):
@@ -1276,6 +1302,46 @@ CREATE INDEX messages_by_free ON messages (free_at)
     WHERE leased_by IS NOT NULL AND acked_at IS NULL;
 UPDATE sessions SET messages = (SELECT COUNT(*) FROM session_messages
     WHERE place BETWEEN num * 4294967296 AND num * 4294967296 + 4294967295);
+""", """
+CREATE TABLE sites (        -- this server, whose num is 0, and those of which it has heard
+    num         INTEGER PRIMARY KEY,
+    id          TEXT NOT NULL UNIQUE,
+    name        TEXT NOT NULL);
+INSERT INTO sites VALUES (0, lower(hex(randomblob(8))), '');
+CREATE TABLE arrivals (     -- every message that ever came in a parcel: so it comes in once
+    site        INTEGER NOT NULL,            -- where it began, and its id there
+    id          INTEGER NOT NULL,
+    here        INTEGER NOT NULL UNIQUE,     -- its id here
+    via         INTEGER NOT NULL,            -- the site whose parcel brought it
+    PRIMARY KEY (site, id)) WITHOUT ROWID;
+CREATE TABLE homeward (     -- acks of such messages, in the order in which they happened
+    seq         INTEGER PRIMARY KEY AUTOINCREMENT,
+    site        INTEGER NOT NULL,
+    id          INTEGER NOT NULL,
+    via         INTEGER NOT NULL,
+    acked_at    INTEGER NOT NULL);
+CREATE TRIGGER ack_goes_home AFTER UPDATE OF acked_at ON messages
+    WHEN NEW.acked_at IS NOT NULL AND OLD.acked_at IS NULL BEGIN
+    INSERT INTO homeward (site, id, via, acked_at)
+        SELECT site, id, via, NEW.acked_at FROM arrivals WHERE here = NEW.id;
+    END;
+CREATE TABLE received (     -- the last parcel from each site, under each name that we had there
+    site        INTEGER NOT NULL,
+    dest        TEXT NOT NULL,
+    number      INTEGER NOT NULL,
+    seal        TEXT NOT NULL,
+    PRIMARY KEY (site, dest)) WITHOUT ROWID;
+CREATE TABLE parcels (      -- what each parcel to each site holds, so that it can be written again
+    dest        TEXT NOT NULL,
+    number      INTEGER NOT NULL,
+    chosen      TEXT,                        -- JSON list of channels; NULL: all
+    floors      TEXT NOT NULL,               -- JSON: up to which id each channel had gone before,
+    upto        INTEGER NOT NULL,            -- "" for all others; and up to which they go now
+    acks_from   INTEGER NOT NULL,            -- the same for homeward.seq
+    acks_upto   INTEGER NOT NULL,
+    previous    TEXT,                        -- seals; NULL: there is none, or none yet
+    seal        TEXT,
+    PRIMARY KEY (dest, number)) WITHOUT ROWID;
 """)
 APPLICATION_ID = 0x6E657875     # "nexu": tells our files from other SQLite databases
 
@@ -2373,7 +2439,7 @@ class Sessions:
                    AND (expires_at IS NULL OR expires_at > ?) ORDER BY place LIMIT 1))
             FROM sessions WHERE expires_at > ?""", (now,) * 5)[0]
 
-    # Expiry, one small step at a time; see section 9.
+    # Expiry, one small step at a time; see section 10.
 
     def write_activity(self):
         """Write down what polls and sends have noted in memory."""
@@ -2482,16 +2548,19 @@ def channel_place(channel):
     return ("channel", channel)
 
 
-def new_message(channel, sender, content, correlation, task, metadata, ttl, redacted, now):
-    """A message before it has an id. `ttl` in seconds or None, `redacted` a list of types."""
-    ends = None if ttl is None else now + ttl * 1000
+def new_message(channel, sender, content, correlation, task, metadata, ends, redacted, now,
+                origin=""):
+    """A message before it has an id. `ends` and `now` in milliseconds, `redacted` a list of types.
+
+    `origin` is JSON text that follows the other fields of what came in a parcel.
+    """
     wire = ('"channel":%s,"sender":%s,"content":%s,"status":"pending","correlationId":%s,'
-            '"taskId":%s,"metadata":%s,"createdAt":"%s","ackedAt":null,"expiresAt":%s%s}') % (
+            '"taskId":%s,"metadata":%s,"createdAt":"%s","ackedAt":null,"expiresAt":%s%s%s}') % (
         json_string(channel), json_string(sender), json_string(content),
         "null" if correlation is None else json_string(correlation),
         "null" if task is None else json_string(task), to_json(metadata) if metadata else "{}",
         iso(now), "null" if ends is None else '"%s"' % iso(ends),
-        ',"redacted":' + to_json(redacted) if redacted else "")
+        ',"redacted":' + to_json(redacted) if redacted else "", origin)
     return Message(None, channel, sender, correlation, wire, len(wire), None, ends, now,
                    0, None, None, 0)
 
@@ -2565,7 +2634,7 @@ class Channels:
             before = self._leased(db, message_id, token, now) if token \
                 else self._pending(db, message_id, now)
             after = change(before, now)
-            self._save(db, [(before, after)])
+            self.save(db, [(before, after)])
             return before, after
 
         before, after = self.db.write(job)
@@ -2573,7 +2642,7 @@ class Channels:
             self.waiters.notify(channel_place(after.channel))
         return wire_message(after, now)
 
-    def _save(self, db, changes):
+    def save(self, db, changes):
         """Write changed messages: (before, after) each. Returns how many."""
         def write():
             for before, after in changes:
@@ -2618,11 +2687,15 @@ class Channels:
                 raise slow_down("quota_exceeded", 60)
 
     def _stored(self, channel, found):
-        """Tell of a message that a commit has stored; returns `found`, what _insert() returned."""
+        """Tell of a message that a commit has stored; returns `found`, what insert() returned."""
         if not found[1]:
-            self.sent = next(self._sent_so_far)
-            self.waiters.notify(channel_place(channel))
+            self.tell_of(channel)
         return found
+
+    def tell_of(self, channel):
+        """A commit has stored something new there: wake who waits for it."""
+        self.sent = next(self._sent_so_far)
+        self.waiters.notify(channel_place(channel))
 
     # The calls of the seed.
 
@@ -2631,17 +2704,17 @@ class Channels:
 
         Returns a Pending of (its JSON text, whether this key was answered before).
         """
-        return Pending(self.db, lambda db: self._insert(db, draft, retry),
+        return Pending(self.db, lambda db: self.insert(db, draft, retry),
                        lambda found: self._stored(draft.channel, found))
 
     def send_many(self, drafts):
         """Store several (new_message(), retry) in one commit, all or none; a Pending of a list."""
         return Pending(
-            self.db, lambda db: [self._insert(db, *each) for each in drafts],
+            self.db, lambda db: [self.insert(db, *each) for each in drafts],
             lambda found: [self._stored(draft.channel, each)
                            for (draft, _), each in zip(drafts, found)], len(drafts))
 
-    def _insert(self, db, draft, retry):
+    def insert(self, db, draft, retry=None):
         """Store a draft inside a commit, unless its retry key has stored it before.
 
         Returns (its JSON text, whether it was stored before).
@@ -2736,7 +2809,7 @@ class Channels:
                 changes[row.id] = row, row._replace(acked_at=now, lease_token=None)
         changes = list(changes.values())
         while changes:                  # older SQLites take 999 question marks at the most
-            self._save(db, changes[:GROUP])
+            self.save(db, changes[:GROUP])
             del changes[:GROUP]
         return results
 
@@ -2794,7 +2867,7 @@ class Channels:
         now, rows = self.clock.now(), db.execute(
             "SELECT %s FROM messages WHERE acked_at IS NULL AND %s" % (
                 COLUMNS, any_of("id", ids)), ids).fetchall()
-        return self._save(db, [(row, self._settled(row, now)) for row in map(Message._make, rows)])
+        return self.save(db, [(row, self._settled(row, now)) for row in map(Message._make, rows)])
 
     def settle(self):
         """Make free or dead whatever was leased or delayed until now."""
@@ -2829,7 +2902,7 @@ class Channels:
                         attempts=row.attempts + 1, lease_token=secrets.token_hex(16),
                         leased_by=consumer, free_at=now + seconds * 1000)))
                 left -= row.size
-            self._save(db, taken)
+            self.save(db, taken)
             fresh = [row.id for row, _ in taken if not row.free_at]
             if fresh:
                 db.execute("UPDATE channels SET frontier = ? WHERE name = ?", (fresh[-1], channel))
@@ -2898,11 +2971,11 @@ class Channels:
             channel = question["metadata"].get("replyTo")
             if not (isinstance(channel, str) and 0 < len(channel) <= MAX_NAME):
                 channel = row.sender
-            found = self._insert(db, new_message(
+            found = self.insert(db, new_message(
                 channel, sender, content, row.correlation, question["taskId"], metadata, None,
                 redacted, now), retry and ("%d\n%s" % (row.id, retry[0]), retry[1]))
             if row.acked_at is None:
-                self._save(db, [(row, row._replace(acked_at=now, lease_token=None))])
+                self.save(db, [(row, row._replace(acked_at=now, lease_token=None))])
             return channel, found
 
         return Pending(self.db, job, lambda result: self._stored(*result))
@@ -2945,7 +3018,7 @@ class Channels:
                       LIVING, EXPIRED.format("", ""), LEASES_OVER.format("", "")), (
                           now, now, self.settings.max_attempts, now, now))[0]
 
-    # Expiry, one small step at a time; see section 9.
+    # Expiry, one small step at a time; see section 10.
 
     def sweep(self):
         """Delete what has expired, in steps; yields how many each commit took.
@@ -2970,7 +3043,219 @@ class Channels:
 
 
 # ----------------------------------------------------------------------------------------
-# 9. Expiry
+# 9. Parcels
+#
+# A parcel is a file that carries messages from one server to another that no network reaches. A
+# message is known for ever by where it began: (site, id there). Who imports it keeps that pair, so
+# it comes in once, whatever was read twice, killed in the middle or sent around in a ring. Parcels
+# to a site are numbered, and each names the seal of the one before it: none is missed unnoticed.
+# Acks go home the way the message came.
+# ----------------------------------------------------------------------------------------
+
+Parcel = collections.namedtuple(
+    "Parcel", "dest number chosen floors upto acks_from acks_upto previous seal")
+Origin = collections.namedtuple("Origin", "site id")
+_THERE = "(SELECT num FROM sites WHERE num > 0 AND ? IN (name, id))"     # under this name
+
+# What a parcel holds: pending messages that began or came elsewhere than where it goes; and acks.
+_PARCEL_MESSAGES = (
+    " FROM messages m LEFT JOIN arrivals a ON a.here = m.id WHERE m.id > ? AND m.id <= ? AND"
+    " m.acked_at IS NULL AND (m.expires_at IS NULL OR m.expires_at > ?) AND (a.site IS NULL OR"
+    " a.site NOT IN {0} AND a.via NOT IN {0})%s").format(_THERE)
+_PARCEL_ACKS = (" FROM homeward h JOIN sites s ON s.num = h.site WHERE h.seq > ? AND h.seq <= ? AND"
+                " (h.site IN {0} OR h.via IN {0})").format(_THERE)
+
+
+class Parcels:
+    """What goes into parcels and what comes out of them; the files are the command line's."""
+
+    def __init__(self, db, channels, clock, settings):
+        self.db, self.channels, self.clock, self.settings = db, channels, clock, settings
+
+    def site(self):
+        """{"id", "name"} of this server. The id is the database's and stays."""
+        (own,), = self.db.read("SELECT id FROM sites WHERE num = 0")
+        return {"id": own, "name": self.settings.site or own}
+
+    def begin(self, dest, chosen, again, dry_run):
+        """Open the next parcel to a site, or parcel `again` once more: (Parcel, messages, acks).
+
+        One that was opened and never sealed, because whoever wrote it was killed, is opened again.
+        What it holds is settled now: what is sent from now on is for the next one.
+        """
+        def job(db):
+            rows = [Parcel._make(row) for row in db.execute(
+                "SELECT * FROM parcels WHERE dest = ? AND number = COALESCE(?, number) ORDER BY"
+                " number DESC LIMIT 2", (dest, again))]
+            if again is not None:
+                if not rows or rows[0].seal is None:
+                    raise NexusError("parcel_not_found")
+                return rows[0]
+            last = rows[0] if rows and rows[0].seal else rows[1] if len(rows) > 1 else None
+            floors = json.loads(last.floors) if last else {"": 0}
+            if last:
+                went = json.loads(last.chosen or "null")
+                floors = dict(floors, **dict.fromkeys(went, last.upto)) if went \
+                    else {"": last.upto}
+            upto, acks = db.execute(
+                "SELECT (SELECT COALESCE(MAX(id), 0) FROM messages), (SELECT COALESCE(MAX(seq), 0)"
+                " FROM homeward)").fetchone()
+            parcel = Parcel(dest, last.number + 1 if last else 1, chosen and to_json(chosen),
+                            to_json(floors), max([upto, *floors.values()]),
+                            last.acks_upto if last else 0, acks, last and last.seal, None)
+            if not dry_run:
+                db.execute("INSERT OR REPLACE INTO parcels VALUES (?,?,?,?,?,?,?,?,?)", parcel)
+            return parcel
+
+        parcel = self.db.write(job)
+        (messages,), = self.db.read("SELECT COUNT(*)" + _PARCEL_MESSAGES % self._where(parcel)[0],
+                                    self._where(parcel)[1])
+        (acks,), = self.db.read("SELECT COUNT(*)" + _PARCEL_ACKS,
+                                (parcel.acks_from, parcel.acks_upto, dest, dest))
+        return parcel, messages, acks
+
+    def _where(self, parcel, after=0):
+        """Which messages are in a parcel: (more of the condition, parameters)."""
+        floors = json.loads(parcel.floors)
+        chosen, first = json.loads(parcel.chosen or "[]"), max(after, floors.pop(""))
+        # The + keeps SQLite going by id, through all, and not by channel, sorting each page.
+        more = " AND NOT (+m.channel = ? AND m.id <= ?)" * len(floors) \
+            + (" AND +" + any_of("m.channel", chosen) if chosen else "")
+        return more, [first, parcel.upto, self.clock.now(), parcel.dest, parcel.dest] + [
+            each for pair in floors.items() for each in pair] + chosen
+
+    def rows(self, dest, number, after, acks_after):
+        """(messages' JSON texts, the last one's id, acks, the last one's seq) of a parcel.
+
+        PARCEL_ROWS at a time, after those that are given: first all messages, then the acks.
+        """
+        found = self.db.read("SELECT * FROM parcels WHERE dest = ? AND number = ?", (dest, number))
+        if not found:
+            raise NexusError("parcel_not_found")
+        parcel, own = Parcel._make(found[0]), self.site()["id"]
+        more, parameters = self._where(parcel, after)
+        rows, _ = self.db.read_page(
+            "SELECT m.id, m.wire, m.size, a.site" + _PARCEL_MESSAGES % more + " ORDER BY m.id",
+            tuple(parameters), PARCEL_ROWS, lambda row: row[2])
+        texts = [wire_text(row[0], row[1]) if row[3] is not None else '%s,"origin":{"site":"%s",'
+                 '"id":%d}}' % (wire_text(row[0], row[1])[:-1], own, row[0]) for row in rows]
+        acks = [] if rows else self.db.read(
+            "SELECT h.seq, s.id, h.id, h.acked_at" + _PARCEL_ACKS + " ORDER BY h.seq LIMIT ?",
+            (max(parcel.acks_from, acks_after), parcel.acks_upto, dest, dest, PARCEL_ROWS))
+        return (texts, rows[-1][0] if rows else after,
+                [{"site": site, "id": message_id, "ackedAt": iso(acked_at)}
+                 for _, site, message_id, acked_at in acks], acks[-1][0] if acks else acks_after)
+
+    def seal(self, dest, number, seal):
+        """The parcel is written: the next one goes on after it. A second seal changes nothing."""
+        def job(db):
+            db.execute("UPDATE parcels SET seal = ? WHERE dest = ? AND number = ? AND seal IS NULL",
+                       (seal, dest, number))
+            return db.execute("SELECT seal FROM parcels WHERE dest = ? AND number = ?",
+                              (dest, number)).fetchone()
+        found = self.db.write(job)
+        if not found:
+            raise NexusError("parcel_not_found")
+        return found[0]
+
+    def take(self, head, drafts, acks, seal, accept_gap, dry_run):
+        """Import some rows of a parcel, in one commit; `seal` comes with the last of them.
+
+        `head` has site (id and name), to, parcel and previous; drafts are (Message, its Origin).
+        Returns {"imported", "alreadyHere", "over", "acked"}. Raises parcel_elsewhere and
+        parcel_missing.
+        """
+        own = self.site()
+        if head["to"] not in own.values():
+            raise NexusError("parcel_elsewhere", "This parcel is for %s, this server is %s. Carry"
+                             " it there, or name this one: serve --site %s." % (
+                                 head["to"], own["name"], head["to"]))
+        if head["site"]["id"] == own["id"]:
+            raise NexusError("parcel_elsewhere", "This parcel was made here; it is for %s."
+                             % head["to"])
+
+        def job(db):
+            now, took = self.clock.now(), dict.fromkeys(("imported", "alreadyHere", "over",
+                                                         "acked"), 0)
+            via = self._number_of(db, head["site"]["id"], head["site"]["name"], dry_run)
+            if not accept_gap:
+                self._check_gap(db, via, head)
+            channels = set()
+            for draft, origin in drafts:
+                site = self._number_of(db, origin.site, None, dry_run)
+                if site == 0 or db.execute("SELECT 1 FROM arrivals WHERE site = ? AND id = ?",
+                                           (site, origin.id)).fetchone():
+                    took["alreadyHere"] += 1
+                elif draft.expires_at is not None and draft.expires_at <= now:
+                    took["over"] += 1
+                else:
+                    took["imported"] += 1
+                    if not dry_run:
+                        self.channels.insert(db, draft)
+                        db.execute("INSERT INTO arrivals VALUES (?, ?, last_insert_rowid(), ?)",
+                                   (site, origin.id, via))
+                        channels.add(draft.channel)
+            took["acked"] = self._ack(db, acks, now, dry_run)
+            if seal and not dry_run:
+                db.execute("INSERT INTO received VALUES (?, ?, ?, ?) ON CONFLICT (site, dest) DO"
+                           " UPDATE SET number = excluded.number, seal = excluded.seal"
+                           " WHERE excluded.number >= number", (via, head["to"], head["parcel"],
+                                                                seal))
+            return took, channels
+
+        def then(found):
+            for channel in found[1]:
+                self.channels.tell_of(channel)
+            return found[0]
+        return Pending(self.db, job, then, max(1, len(drafts)))
+
+    @staticmethod
+    def _number_of(db, site, name, dry_run):
+        """The number under which a site is known here; from now on, if it is new."""
+        row = db.execute("SELECT num, name FROM sites WHERE id = ?", (site,)).fetchone()
+        if not row and not dry_run:
+            db.execute("INSERT INTO sites (id, name) VALUES (?, ?)", (site, name or site))
+            row = db.execute("SELECT last_insert_rowid(), ?", (name,)).fetchone()
+        elif row and name and row[0] and row[1] != name and not dry_run:
+            db.execute("UPDATE sites SET name = ? WHERE num = ?", (name, row[0]))
+        return row[0] if row else -1
+
+    @staticmethod
+    def _check_gap(db, via, head):
+        last, seal = db.execute("SELECT number, seal FROM received WHERE site = ? AND dest = ?",
+                                (via, head["to"])).fetchone() or (0, None)
+        number, name = head["parcel"], head["site"]["name"]
+        advice = "import %s first (tx export --again on %s writes it once more), or say" \
+                 " --accept-gap"
+        if number > last + 1:
+            missing = "%d" % (last + 1) if number == last + 2 else "%d to %d" % (
+                last + 1, number - 1)
+            raise NexusError("parcel_missing", "Parcel %s from %s is missing: %s." % (
+                missing, name, advice % ("it", name)))
+        if number == last + 1 and head["previous"] != seal:
+            raise NexusError("parcel_missing", "Parcel %d from %s was written anew after this one's"
+                             " forerunner came: %s." % (last, name, advice % ("that", name)))
+
+    def _ack(self, db, acks, now, dry_run):
+        """Acknowledge what is still pending of messages that others have acknowledged."""
+        changes = {}
+        for ack in acks:
+            row = db.execute(
+                "SELECT %s FROM messages WHERE acked_at IS NULL AND id = COALESCE((SELECT a.here"
+                " FROM arrivals a JOIN sites s ON s.num = a.site WHERE s.id = ?1 AND a.id = ?2),"
+                " (SELECT ?2 FROM sites WHERE num = 0 AND id = ?1))" % COLUMNS,
+                (ack["site"], ack["id"])).fetchone()
+            if row:
+                message = Message._make(row)
+                changes[message.id] = message, message._replace(acked_at=now, lease_token=None)
+        changes = list(changes.values())
+        for start in range(0, len(changes) * (not dry_run), GROUP):
+            self.channels.save(db, changes[start:start + GROUP])
+        return len(changes)
+
+
+# ----------------------------------------------------------------------------------------
+# 10. Expiry
 #
 # What is over is invisible at once, because every query asks for the time, and deleted soon after
 # by one background thread, in steps so small that a sender hardly notices. Deleted means gone:
@@ -2990,6 +3275,7 @@ class Store:
         self.waiters = Waiters(settings.max_waiters, settings.max_waiters_per_address, self.clock)
         self.sessions = Sessions(self.db, self.waiters, self.clock, settings)
         self.channels = Channels(self.db, self.waiters, self.clock, settings)
+        self.parcels = Parcels(self.db, self.channels, self.clock, settings)
         self.last_sweep = {"at": None, "deleted": 0, "milliseconds": 0}
         self._failed = None             # why the last expiry run failed
         self._told = False              # has the log said that something is wrong?
@@ -3091,7 +3377,7 @@ class Store:
 
 
 # ----------------------------------------------------------------------------------------
-# 10. Operations
+# 11. Operations
 #
 # What can be asked of a server. An operation is an ordinary function: its head says what goes in
 # (each annotation is a Field), its decorator says method, path and answer. From these, and from
@@ -3264,7 +3550,7 @@ _END = "/"          # in a level: the methods of the path that ends here (no seg
 def operation(method, path, answer, status=200, guarded=False, member=False, tool=None):
     """Put the function below into the table.
 
-    `answer` names a shape of section 11, `guarded` operations want the server's token if there is
+    `answer` names a shape of section 12, `guarded` operations want the server's token if there is
     one, `member` ones an agent of the session, `tool` is the name as an MCP tool. method and path
     None: a tool that is no endpoint.
     """
@@ -3801,8 +4087,9 @@ def new_draft(call, channel, content, sender="api", task_id=None, ttl_seconds=No
     if metadata:
         metadata, more = blackout(call, metadata)
         found = sorted(set(found) | set(more))
+    now = call.app.store.clock.now()
     draft = new_message(channel, sender, content, correlation_id, task_id, metadata or {},
-                        ttl_seconds, found, call.app.store.clock.now())
+                        None if ttl_seconds is None else now + ttl_seconds * 1000, found, now)
     return draft, retry_mark(idempotency_key, content, correlation_id, task_id, metadata or {},
                              ttl_seconds)
 
@@ -3889,6 +4176,92 @@ def collect_garbage(call, acked_older_than_hours: Field("body", "number", low=0,
                                                         high=10 ** 9) = None):
     """Remove expired messages and, if told, old acknowledged ones"""
     return call.app.store.channels.gc(acked_older_than_hours)
+
+
+SITE_NAME = Field("body", low=1, high=MAX_NAME)
+SITE = Field("body", "object")
+PARCEL_NUMBER = Field("body", "integer", low=1)
+PATH_SITE, PATH_NUMBER = Field("path", low=1, high=MAX_NAME), Field("path", "integer", low=1)
+
+
+@operation("POST", "/api/parcels", "Parcel", guarded=True)
+def parcel_begin(call, to: SITE_NAME,
+                 channels: Field("body", "array", low=1, high=MAX_PARCEL_CHANNELS, items=(
+                     CHANNEL.bind("channel", True),)) = None,
+                 again: PARCEL_NUMBER = None, dry_run: Field("body", "boolean") = False):
+    """Open the next parcel to a site"""
+    parcels = call.app.store.parcels
+    parcel, messages, acks = parcels.begin(
+        to, channels and [each["channel"] for each in channels], again, dry_run)
+    return {"site": parcels.site(), "to": to, "parcel": parcel.number, "previous": parcel.previous,
+            "replaces": parcel.seal, "channels": json.loads(parcel.chosen or "null"),
+            "messages": messages, "acks": acks, "upto": parcel.upto}
+
+
+@operation("GET", "/api/parcels/{to}/{number}", "ParcelRows", guarded=True)
+def parcel_rows(call, to: PATH_SITE, number: PATH_NUMBER, after: AFTER_ID = 0,
+                acks_after: AFTER_ID = 0):
+    """Read what a parcel holds, some rows at a time"""
+    texts, last, acks, last_ack = call.app.store.parcels.rows(to, number, after, acks_after)
+    return Reply('{"messages":[%s],"after":%d,"acks":%s,"acksAfter":%d}' % (
+        ",".join(texts), last, to_json(acks), last_ack))
+
+
+@operation("POST", "/api/parcels/{to}/{number}/seal", "Sealed", guarded=True)
+def parcel_seal(call, to: PATH_SITE, number: PATH_NUMBER,
+                seal: Field("body", pattern="[0-9a-f]{64}")):
+    """A parcel is written: the next one goes on after it"""
+    return {"seal": call.app.store.parcels.seal(to, number, seal)}
+
+
+def origin_of(value, name):
+    """{"site", "id"} from a parcel. Raises invalid_request."""
+    site, message_id = value.get("site"), value.get("id")
+    if not (isinstance(site, str) and re.fullmatch("[0-9a-f]{16}", site)
+            and type(message_id) is int and 0 < message_id <= MAX_ID):
+        raise invalid(name, "must be a site's id, 16 hexadecimal digits, and a message's")
+    return Origin(site, message_id)
+
+
+def parcel_draft(call, channel, sender, content, created_at, origin, correlation_id=None,
+                 task_id=None, metadata=None, expires_at=None):
+    """A message of a parcel before it has an id here, and its Origin; blacked out once more."""
+    began = origin_of(origin, "origin")
+    content, found = blackout(call, content)
+    metadata, more = blackout(call, metadata or {})
+    try:
+        now, ends = [each and seconds_of(each) * 1000 + int(each[20:23])
+                     for each in (created_at, expires_at)]
+    except ValueError:
+        raise invalid("createdAt", "must be a time such as 2026-11-26T16:00:00.000Z") from None
+    return new_message(channel, sender, content, correlation_id, task_id, metadata, ends,
+                       sorted(set(found) | set(more)), now,
+                       ',"origin":{"site":"%s","id":%d}' % began), began
+
+
+TIME = Field("body", pattern=r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+PARCEL_FIELDS = [field.bind(name, needed) for name, field, needed in (
+    ("channel", CHANNEL, True), ("sender", SENDER, True), ("content", CONTENT, True),
+    ("created_at", TIME, True), ("origin", SITE, True), ("expires_at", TIME, False),
+    ("correlation_id", Field("body", high=MAX_NAME), False), ("task_id", Field("body"), False),
+    ("metadata", METADATA, False))]
+
+
+@operation("POST", "/api/parcels/import", "Imported", guarded=True)
+def parcel_import(call, site: SITE, to: SITE_NAME, parcel: PARCEL_NUMBER,
+                  messages: Field("body", "array", low=0, high=PARCEL_ROWS, items=PARCEL_FIELDS),
+                  acks: Field("body", "array", low=0, high=PARCEL_ROWS, items=(
+                      SITE_NAME.bind("site", True), MESSAGE_ID.bind("id", True))),
+                  previous: Field("body") = None,
+                  seal: Field("body", pattern="[0-9a-f]{64}") = None,
+                  accept_gap: Field("body", "boolean") = False,
+                  dry_run: Field("body", "boolean") = False):
+    """Take in some rows of a parcel that was found whole"""
+    source = origin_of({"site": site.get("id"), "id": 1}, "site").site
+    head = {"site": {"id": source, "name": str(site.get("name"))[:MAX_NAME]}, "to": to,
+            "parcel": parcel, "previous": previous}
+    return call.app.store.parcels.take(head, [parcel_draft(call, **each) for each in messages],
+                                       acks, seal, accept_gap, dry_run)
 
 
 @operation("POST", "/api/messages/inbox/{channel}/lease", "Leased", guarded=True, tool="tx_lease")
@@ -4002,7 +4375,7 @@ def channel_ask(call, channel: CHANNEL, content: CONTENT, sender: SENDER = "mcp"
 
 
 # ----------------------------------------------------------------------------------------
-# 11. Descriptions
+# 12. Descriptions
 #
 # Everything that describes the operations is computed from them: JSON Schema, the OpenAPI
 # document, the pages that teach. A page is written once, in Markdown, with command lines that run
@@ -4013,7 +4386,7 @@ def channel_ask(call, channel: CHANNEL, content: CONTENT, sender: SENDER = "mcp"
 # list, | for a choice. A type with a capital letter is another shape.
 _MESSAGE = ("id:integer channel sender content status correlationId:string|null taskId:string|null"
             " metadata:object createdAt ackedAt:string|null expiresAt:string|null"
-            " redacted?:string*")
+            " redacted?:string* origin?:object")
 SHAPES = {
     "NewSession": "sessionId ttl:integer maxAgents:integer state createdAt expiresAt greeting?"
                   " creatorAgentId? sessionKey?",
@@ -4049,6 +4422,11 @@ SHAPES = {
     "AckedAll": "channel ackedCount:integer",
     "Count": "channel count:integer",
     "Collected": "expired:integer acked:integer",
+    "Parcel": "site:object to parcel:integer previous:string|null replaces:string|null"
+              " channels:any messages:integer acks:integer upto:integer",
+    "ParcelRows": "messages:Message* after:integer acks:object* acksAfter:integer",
+    "Sealed": "seal",
+    "Imported": "imported:integer alreadyHere:integer over:integer acked:integer",
     "Fault": "field message",
     "Error": "error message _tag? details?:Fault*",
 }
@@ -4387,7 +4765,7 @@ def short_code_page(call, code: CODE):
 
 
 # ----------------------------------------------------------------------------------------
-# 12. HTTP server
+# 13. HTTP server
 #
 # Bytes in, bytes out. The listening is http.server's; reading a request is ours, because the hot
 # path wants one read and one write, and because it is stricter: what two parsers could read in
@@ -5226,7 +5604,7 @@ def serve(settings):
 
 
 # ----------------------------------------------------------------------------------------
-# 13. Client
+# 14. Client
 #
 # One short method for each operation. A request is tried again when that is harmless: when the
 # server was not reached, when it said not now, and after any failure when the request may be
@@ -5574,7 +5952,8 @@ def _on_wire(values):
 
 ENTRIES = {entry.function: entry for entry in OPERATIONS}
 # Twice is as once; of many messages each has its Idempotency-Key.
-REPEATABLE = (create_code, renew_session, message_extend, message_revive, channel_send_many)
+REPEATABLE = (create_code, renew_session, message_extend, message_revive, channel_send_many,
+              parcel_begin, parcel_seal, parcel_import)
 
 
 class Messages:
@@ -5677,6 +6056,24 @@ class Messages:
     def gc(self, acked_older_than_hours=None):
         """Remove expired and, if told, old acknowledged messages: {"expired", "acked"}."""
         return self._do(collect_garbage, vars())
+
+    def parcel(self, to, channels=None, again=None, dry_run=None):
+        """Open the next parcel to a site, or `again` an earlier one: its head."""
+        channels = channels and [{"channel": each} for each in channels]
+        return self._do(parcel_begin, vars())
+
+    def parcel_rows(self, to, number, after=0, acks_after=0):
+        """Some rows of a parcel: {"messages", "after", "acks", "acksAfter"}."""
+        return self._do(parcel_rows, vars())
+
+    def seal_parcel(self, to, number, seal):
+        """A parcel is written; the next one goes on after it."""
+        return self._do(parcel_seal, vars())
+
+    def import_parcel(self, site, to, parcel, messages, acks, previous=None, seal=None,
+                      accept_gap=None, dry_run=None):
+        """Take in some rows of a parcel, `seal` with the last ones: how many of each kind."""
+        return self._do(parcel_import, vars())
 
     def lease(self, channel, consumer, limit=1, lease_seconds=DEFAULT_LEASE, wait=0, acks=None):
         """The list of messages that are now yours to work on, each with its leaseToken; a Page.
@@ -5949,7 +6346,7 @@ def argument_name(header):
 
 
 # ----------------------------------------------------------------------------------------
-# 14. Local state
+# 15. Local state
 #
 # So that an agent need not remember: its id, key, cursor and server for each session, one value
 # and a newline in a file each, byte for byte as nexus.sh keeps them, so that the two can take
@@ -6223,7 +6620,7 @@ class State:
 
 
 # ----------------------------------------------------------------------------------------
-# 15. MCP
+# 16. MCP
 #
 # The operations as tools for language models. One dispatcher answers both generations of the
 # protocol (with a handshake up to 2025-11-25, without one from 2026-07-28), over stdin and stdout
@@ -6544,7 +6941,7 @@ class StdioMcp:
 
 
 # ----------------------------------------------------------------------------------------
-# 16. Terminal
+# 17. Terminal
 #
 # What a person at a terminal sees, and what all verbs share: lines in which others can forge
 # nothing, tables, local times, the wire (--trace), which server is meant, and a command run for
@@ -6613,11 +7010,6 @@ def table(stream, head, rows):
                        cell + " " * (full - display_width(cell))
                        for cell, full in zip(row, wide)).rstrip() for row in cells]
     return [painted(stream, 1, lines[0]), *lines[1:]]
-
-
-def seconds_of(text):
-    """A time on the wire as seconds since 1970."""
-    return calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
 
 
 def local_time(text, form="%Y-%m-%d %H:%M:%S"):
@@ -6887,7 +7279,7 @@ class Commands:
 
 
 # ----------------------------------------------------------------------------------------
-# 17. Verbs of sessions
+# 18. Verbs of sessions
 #
 # One function for each verb; what it does is its docstring. stdout carries JSON, one document,
 # while polling goes on a line for each batch. Who is asked, as whom, from which cursor on: that is
@@ -7525,7 +7917,7 @@ def verb_doctor(args):
 
 
 # ----------------------------------------------------------------------------------------
-# 18. Verbs of channels
+# 19. Verbs of channels
 #
 # On stdout the text that `tx` of the seed prints; with --json its JSON. Lines of stdin become
 # messages, many in a request; a worker runs a command for each message that it leases.
@@ -7613,11 +8005,12 @@ def stopped(refusal, stored, args, batch):
     return refusal
 
 
-def show_progress(stored, seconds):
-    """How many lines are stored, how fast and, of a file, which share is read."""
-    text = "%d message(s), %d/s" % (stored, stored / seconds)
-    if os.path.isfile(0):
-        text += ", %d %%" % (100 * os.lseek(0, 0, os.SEEK_CUR) / (os.path.getsize(0) or 1))
+def show_progress(stored, seconds, share=None):
+    """How many messages are done, how fast and, where it is known, which share of all."""
+    text = "%d message(s), %d/s" % (stored, stored / (seconds or 1))
+    if share is None and os.path.isfile(0):
+        share = os.lseek(0, 0, os.SEEK_CUR) / (os.path.getsize(0) or 1)
+    text += ", %d %%" % (100 * share) if share is not None else ""
     put(sys.stderr, text.ljust(50), end="\r")
 
 
@@ -7731,6 +8124,228 @@ def tx_gc(messages, args):
     """Remove expired and, if told, old acknowledged messages"""
     show(args, messages.gc(args.acked_older_than),
          "GC complete: %(expired)s expired, %(acked)s old acked messages removed")
+
+
+def parcel_key(path):
+    """The key in a file. Raises bad_key for one that is short, or that others may read."""
+    try:
+        with open(path, "rb") as file:
+            key, mode = file.read().strip(), os.fstat(file.fileno()).st_mode
+    except OSError as trouble:
+        raise NexusError("bad_key", "Cannot read the key %s: %s." % (path, trouble.strerror),
+                         status=400) from None
+    if len(key) < KEY_BYTES:
+        raise NexusError("bad_key", "The key in %s is shorter than %d bytes: make one with nexus.py"
+                         " keygen FILE." % (path, KEY_BYTES), status=400)
+    if os.name == "posix" and mode & 0o077:
+        raise NexusError("bad_key", "Others can read the key %s: chmod 600 it." % path, status=400)
+    return key
+
+
+class Seal:
+    """What ends a parcel: a hash of all bytes before it and, with a key, their HMAC."""
+
+    def __init__(self, key=None):
+        self._hash, self._mac = hashlib.sha256(), hmac.new(key, b"", "sha256") if key else None
+
+    def update(self, data):
+        """These bytes come next."""
+        self._hash.update(data)
+        if self._mac:
+            self._mac.update(data)
+
+    def value(self):
+        """{"sha256", "hmac"?} of what came so far."""
+        found = {"sha256": self._hash.hexdigest()}
+        return dict(found, hmac=self._mac.hexdigest()) if self._mac else found
+
+
+def spool_parcel(messages, head, spool, watched):
+    """Write the rows of a parcel into a file, a line each; how many messages and acks there are."""
+    counts, place, began = [0, 0], (0, 0), time.monotonic()
+    while True:
+        page = messages.parcel_rows(head["to"], head["parcel"], *place)
+        place = page["after"], page["acksAfter"]
+        for position, name in enumerate(("messages", "acks")):
+            for row in page[name]:
+                spool.write(to_json({name[:-1]: row}).encode("utf-8") + b"\n")
+                counts[position] += 1
+        if not page["messages"] and not page["acks"]:
+            return counts
+        if watched:
+            show_progress(sum(counts), time.monotonic() - began,
+                          sum(counts) / (head["messages"] + head["acks"] or 1))
+
+
+def write_parcel(path, head, spool, key):
+    """Put a parcel together in a draft beside its place, and there when it is on the disk."""
+    draft, seal = "%s.%s.tmp" % (path, os.urandom(4).hex()), Seal(key)
+    try:
+        with os.fdopen(create_private(draft), "wb") as file:
+            out = gzip.GzipFile("", "wb", 6, file, 0) if path.endswith(".gz") else file
+            first = to_json(head).encode("utf-8") + b"\n"
+            spool.seek(0)
+            for data in itertools.chain([first], iter(lambda: spool.read(STDIN_BYTES), b"")):
+                seal.update(data)
+                out.write(data)
+            out.write(to_json({"seal": seal.value()}).encode("utf-8") + b"\n")
+            if out is not file:
+                out.close()
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException as trouble:
+        State._unlink(draft)
+        if not isinstance(trouble, OSError):
+            raise
+        raise NexusError("export_failed", "Nothing was exported to %s: %s. The same command begins"
+                         " anew." % (path, trouble.strerror), status=400) from None
+    if os.name == "posix":
+        sync(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    return seal.value()["sha256"]
+
+
+def tx_export(messages, args):
+    """Write a parcel for another site: what was not yet sent there; FILE.gz is packed"""
+    key = parcel_key(args.key_file) if args.key_file else None
+    if os.path.lexists(args.file) and not args.dry_run:
+        raise NexusError("file_exists", "%s is there already; an export overwrites nothing."
+                         % args.file, status=409)
+    begun = messages.parcel(args.to, args.channel, args.again, args.dry_run)
+    number = begun["parcel"]
+    if args.dry_run or not (begun["messages"] or begun["acks"] or args.again):
+        show(args, begun, "Nothing is new for %(to)s: no parcel was written"
+             if not (begun["messages"] or begun["acks"]) else
+             "Parcel %(parcel)d for %(to)s would hold %(messages)d message(s), %(acks)d ack(s)")
+        return
+    with tempfile.TemporaryFile() as spool:     # the counts of the first line come last
+        watched = sys.stderr.isatty()
+        counts = spool_parcel(messages, begun, spool, watched)
+        if watched:
+            put(sys.stderr, " " * 50, end="\r")
+        head = {"nexusParcel": 1, "site": begun["site"], "to": args.to, "parcel": number,
+                "previous": begun["previous"], "createdAt": iso(Clock().now()),
+                "channels": begun["channels"], "messages": counts[0], "acks": counts[1]}
+        if begun["replaces"]:
+            head["replaces"] = begun["replaces"]
+        seal = write_parcel(args.file, head, spool, key)
+    messages.seal_parcel(args.to, number, seal)
+    show(args, dict(head, file=args.file, sha256=seal),
+         "Parcel %(parcel)d for %(to)s: %(messages)d message(s), %(acks)d ack(s) in %(file)s")
+
+
+def broken_parcel(path, why):
+    """The refusal of a file that is not what a site has sealed."""
+    return NexusError("broken_parcel", "%s %s. Nothing was imported." % (path, why), status=400)
+
+
+def parcel_lines(path, file):
+    """The lines of a parcel, packed or not, one at a time. Raises broken_parcel."""
+    file.seek(0)
+    packed = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    stream, number = gzip.GzipFile(fileobj=file) if packed else file, 0
+    try:
+        for line in iter(lambda: stream.readline(LINE_BYTES + 1), b""):
+            number += 1
+            if not line.endswith(b"\n"):
+                raise broken_parcel(path, "has more than %d bytes in line %d" % (LINE_BYTES, number)
+                                    if len(line) > LINE_BYTES else "was cut short")
+            yield line
+    except EOFError:
+        raise broken_parcel(path, "was cut short") from None
+    except (OSError, zlib.error) as trouble:
+        raise broken_parcel(path, "cannot be read (%s)" % trouble) from None
+
+
+def parcel_line(path, line, names):
+    """(its one name, its value) of a line of a parcel."""
+    try:
+        (name, value), = parse_json(line).items()
+        if name in names:
+            return name, value
+    except (ValueError, AttributeError):
+        pass                            # told below
+    raise broken_parcel(path, "is no parcel, or was changed: %s" % one_line(line.decode(
+        "utf-8", "replace"), 60))
+
+
+def check_parcel(path, file, key):
+    """(head, seal) of a parcel that is whole, unchanged and sealed with our key, if one is given.
+
+    All of it is read before anything is imported; a line that is none of a parcel's ends it.
+    """
+    lines, seal, counts, found = parcel_lines(path, file), Seal(key), {"message": 0, "ack": 0}, None
+    line = next(lines, b"")
+    try:
+        head = parse_json(line)
+        version = head["nexusParcel"]
+    except (ValueError, TypeError, KeyError):
+        raise broken_parcel(path, "is no parcel of nexus") from None
+    if version != 1:
+        raise broken_parcel(path, "has the format %s, which this nexus.py does not know: use a"
+                            " newer one" % one_line(version, 20))
+    for after in lines:
+        if found:
+            raise broken_parcel(path, "goes on after its seal")
+        seal.update(line)
+        line = after
+        if line.startswith(b'{"seal":'):
+            found = parcel_line(path, line, ("seal",))[1]
+        else:
+            counts[parcel_line(path, line, counts)[0]] += 1
+    made = seal.value()
+    if not isinstance(found, dict):
+        raise broken_parcel(path, "was cut short: its seal is missing")
+    if found.get("sha256") != made["sha256"] or [head.get("messages"), head.get("acks")] != list(
+            counts.values()):
+        raise broken_parcel(path, "was changed after it was sealed")
+    if ("hmac" in found) != bool(key):
+        raise broken_parcel(path, "is sealed %s a key: %s" % (
+            ("with", "give it with --key-file") if "hmac" in found else
+            ("without", "leave --key-file out if you trust it all the same")))
+    if key and not same(str(found["hmac"]).encode(), made["hmac"].encode()):
+        raise broken_parcel(path, "is sealed with another key")
+    return head, head.get("replaces") or made["sha256"]
+
+
+def parcel_parts(path, file):
+    """Yield (messages, acks) of a parcel as requests take them, and None after the last ones."""
+    part, size = {"message": [], "ack": []}, 0
+    for line in itertools.islice(parcel_lines(path, file), 1, None):
+        name, row = parcel_line(path, line, ("message", "ack", "seal"))
+        if name == "seal" or sum(map(len, part.values())) == PARCEL_ROWS or size > MANY_BYTES:
+            yield part["message"], part["ack"], name == "seal"
+            part, size = {"message": [], "ack": []}, 0
+        if name != "seal":
+            part[name].append({field: value for field, value in row.items() if value is not None})
+            size += len(line)
+
+
+def tx_import(messages, args):
+    """Take in a parcel from another site: all of it, once, and only if it is whole"""
+    key = parcel_key(args.key_file) if args.key_file else None
+    took, began, watched = collections.Counter(), time.monotonic(), sys.stderr.isatty()
+    try:
+        file = open(args.file, "rb")
+    except OSError as trouble:
+        raise NexusError("no_parcel", "Cannot read %s: %s." % (args.file, trouble.strerror),
+                         status=404) from None
+    with file:
+        head, seal = check_parcel(args.file, file, key)
+        for rows, acks, last in parcel_parts(args.file, file):
+            took.update(messages.import_parcel(
+                head["site"], head["to"], head["parcel"], rows, acks, head.get("previous"),
+                seal if last else None, args.accept_gap, args.dry_run))
+            if watched:
+                done = sum(took.values())
+                show_progress(done, time.monotonic() - began,
+                              done / (head["messages"] + head["acks"] or 1))
+    if watched:
+        put(sys.stderr, " " * 50, end="\r")
+    show(args, dict(took, site=head["site"], parcel=head["parcel"]), (
+        "%(imported)d would be imported" if args.dry_run else "%(imported)d imported")
+        + ", %(alreadyHere)d already here, %(over)d over, %(acked)d acked")
 
 
 def tx_lease(messages, args):
@@ -7891,7 +8506,7 @@ def tx_work(messages, args):
 
 
 # ----------------------------------------------------------------------------------------
-# 19. Verbs of the server
+# 20. Verbs of the server
 #
 # Run one, speak MCP, install a launcher, back a database up and put it back: whole or not at all.
 # ----------------------------------------------------------------------------------------
@@ -8086,13 +8701,15 @@ def copy_database(source, draft):
                                     % (source, verdict))
 
 
-def sync(path, flags):
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    file = os.open(path, flags)
+def verb_keygen(args):
+    """Make a key that seals parcels, in a file that only you can read"""
     try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+        with os.fdopen(create_private(args.file), "w") as file:
+            file.write(secrets.token_hex(KEY_BYTES) + "\n")
+    except OSError as trouble:
+        raise NexusError("no_key", "No key was made in %s: %s." % (args.file, trouble.strerror),
+                         status=400) from None
+    say({"ok": True, "file": args.file})
 
 
 def copy_whole(source, target, make_room=lambda: None):
@@ -8152,6 +8769,13 @@ def verb_restore(args):
         lock = FileLock(os.path.realpath(database))
         try:
             copy_whole(args.file, database, make_room)
+            db = sqlite3.connect(database)      # no id is given out again: who reads by cursor
+            try:                                # and other sites have seen larger ones
+                with db:
+                    db.execute("UPDATE sqlite_sequence SET seq = seq + ? WHERE name = 'messages'",
+                               (RESTORED_IDS,))
+            finally:
+                db.close()
         finally:
             lock.release()
     except (OSError, sqlite3.Error) as trouble:
@@ -8161,7 +8785,7 @@ def verb_restore(args):
 
 
 # ----------------------------------------------------------------------------------------
-# 20. Lessons
+# 21. Lessons
 #
 # To teach and to try: a server and two agents on a stage, ten lessons on it, and the demo. What a
 # lesson shows is checked each time, so the self-test is all of them without anybody watching.
@@ -8423,7 +9047,7 @@ def lesson_idempotency(stage):
     again = stage.task("The line is bad; Ada heard nothing. You are Ada: send it again as it was.",
                        "ada", *words, held=lambda _: stage.client.messages.pending("orders") == 1)
     stage.check("it was stored twice", again.get("id", first["id"]) == first["id"])
-    stage.source(Channels._insert, "if retry:", 14)
+    stage.source(Channels.insert, "if retry:", 14)
     stage.quiz("And the same key with another text?", 3, "The second text replaces the first.",
                "Both are stored.", "It is refused: a key stands for one message.")
     stage.refuse("idempotency_key_reused", "ada", *[
@@ -8596,10 +9220,15 @@ def verb_learn(args):
         else "That was the last one. Now read the file: the map at its head says where to begin.")
 
 
+def file_sum():
+    """The SHA-256 of this file, in hexadecimal."""
+    with open(os.path.abspath(__file__), "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
 def verb_selftest(args):
     """Try what the lessons show, one by one on this machine, in under a minute"""
-    with open(os.path.abspath(__file__), "rb") as file:
-        print("nexus %s, SHA-256 %s" % (VERSION, hashlib.sha256(file.read()).hexdigest()))
+    print("%s  nexus.py %s" % (file_sum(), VERSION))
     failed = 0
     for lesson in LESSONS:
         try:
@@ -8649,7 +9278,7 @@ def verb_demo(args):
 
 
 # ----------------------------------------------------------------------------------------
-# 21. Command line
+# 22. Command line
 #
 # The table of verbs, and how words become a call. Here alone an error becomes an exit code: 1 when
 # the server or the operation said no, 2 when the command line made no sense.
@@ -8683,7 +9312,7 @@ FLAGS = {       # kind: bool is a switch, None one that takes =0 and =1, others 
     "--ack": Flag(bool, "acknowledge each message once it was written out or --exec has done it"),
     "--format": Flag(str, "md, json or html"),
     "--members": Flag(bool, "list the members too"),
-    "--channel": Flag(list, "a channel to look at; may be given more than once"),
+    "--channel": Flag(list, "only this channel; may be given more than once"),
     "--once": Flag(str, "tell nothing twice under this key, the id of an agent's run, say"),
     "--exec": Flag(str, "shell command for each message; exit 0 means done"),
     "--parallel": Flag(int, "commands at a time (default: 1)"),
@@ -8704,6 +9333,11 @@ FLAGS = {       # kind: bool is a switch, None one that takes =0 and =1, others 
     "--limit": Flag(int, "how many at the most"),
     "--prefix": Flag(str, "only names that begin like this"),
     "--include-acked": Flag(bool, "acknowledged messages too"),
+    "--to": Flag(str, "name of the site where it is carried (its serve --site)"),
+    "--key-file": Flag(str, "file of the key that seals it, from keygen; both sites have it"),
+    "--again": Flag(int, "number of a parcel that is to be written once more"),
+    "--dry-run": Flag(bool, "only say what would happen"),
+    "--accept-gap": Flag(bool, "go on though a parcel before this one is missing"),
     "--lease-token": Flag(str, "token of the lease"),
     "--acked-older-than": Flag(age_in_hours, "age in hours, or such as 2d"),
     "--consumer": Flag(str, "who works"),
@@ -8761,6 +9395,7 @@ VERBS = {
     "config": Verb(verb_config, "[ACTION] [VALUE]", "", "config set-url " + DEFAULT_URL),
     "bind": Verb(verb_bind, "SESSION", "", "bind review --url " + DEFAULT_URL),
     "doctor": Verb(verb_doctor, "", "", "doctor"),
+    "keygen": Verb(verb_keygen, "FILE", "", "keygen parcels.key"),
     "install": Verb(verb_install, "", "--bin", "install"),
     "uninstall": Verb(verb_uninstall, "", "--bin", "uninstall"),
     "skill": Verb(verb_skill, "[CODE]", "", "skill"),
@@ -8777,6 +9412,10 @@ VERBS = {
     "tx outbox pending": Verb(tx_pending, "CHANNEL", "--json", "tx outbox pending builds"),
     "tx outbox gc": Verb(tx_gc, "", "--acked-older-than --json",
                          "tx outbox gc --acked-older-than 24"),
+    "tx export": Verb(tx_export, "FILE", "--to! --channel --key-file --again --dry-run --json",
+                      "tx export stick/17.parcel.gz --to field"),
+    "tx import": Verb(tx_import, "FILE", "--key-file --accept-gap --dry-run --json",
+                      "tx import stick/17.parcel.gz"),
     "tx lease": Verb(tx_lease, "CHANNEL", "--consumer! --limit --lease --wait --json",
                      "tx lease jobs --consumer worker-1 --lease 60 --json"),
     "tx work": Verb(tx_work, "CHANNEL", "--consumer! --exec! --parallel --lease --drain",
@@ -8960,7 +9599,10 @@ def run(name, flags, rest):
     if set(flags) & set(HELP):
         return explain(name)
     if not name and flags == ["--version"]:
-        return say({"version": VERSION})
+        found = file_sum()
+        tip("%s  nexus.py" % found)
+        tip("By eye: %s" % " ".join(re.findall("....", found[:16])))
+        return say({"version": VERSION, "sha256": found})
     if name not in VERBS:
         words = " ".join(([name] if name else []) + rest[:1])
         raise unknown("unknown command:", words, name) if words else \

@@ -5105,6 +5105,12 @@ class Descriptions(ServerCase):
         call("POST", "/api/messages/batch", {"messages": [{"channel": "e", "content": TOKEN}]})
         call("POST", "/api/messages/ack", {"acks": [{"id": sent["id"] + 2}, {"id": sent["id"]}]})
         call("GET", "/api/channels")
+        call("POST", "/api/parcels", {"to": "field"})
+        call("GET", "/api/parcels/field/1")
+        call("POST", "/api/parcels/field/1/seal", {"seal": HEX})
+        call("POST", "/api/parcels/import", {
+            "site": {"id": "ab" * 8, "name": "lab"}, "to": self.s.store.parcels.site()["id"],
+            "parcel": 1, "messages": [], "acks": [], "seal": HEX})
         call("POST", "/mcp", {"jsonrpc": "2.0", "id": 1, "method": "ping"})
         call("POST", "/mcp", {"jsonrpc": "1.0"})
         for method, path, body in (("POST", "/api/messages", {}), ("GET", base + "/messages", None),
@@ -5136,7 +5142,8 @@ class Descriptions(ServerCase):
         nexus.Client, os.environ["HOME"] = Recorder, self.folder()
         try:
             for name, verb in nexus.VERBS.items():
-                if name.startswith("tx ") and name not in ("tx ask", "tx work"):   # which wait
+                if name.startswith("tx ") and name not in (
+                        "tx ask", "tx work", "tx export", "tx import"):     # which wait, or write
                     with contextlib.redirect_stdout(io.StringIO()) as out, \
                             contextlib.redirect_stderr(io.StringIO()):
                         words = nexus.arrange(nexus.shlex.split(verb.example))
@@ -5145,7 +5152,8 @@ class Descriptions(ServerCase):
         finally:
             nexus.Client, os.environ["HOME"] = real, home
         self.missing({entry.name for entry in nexus.OPERATIONS if entry.api} - Recorder.reached
-                     - {"channel_send_many", "message_ack", "list_channels"},   # what flags do
+                     - {"channel_send_many", "message_ack", "list_channels"}    # what flags do
+                     - {"parcel_begin", "parcel_rows", "parcel_seal", "parcel_import"},
                      "The operation %s has no verb: add a row to VERBS, and a function.")
         self.assertIn("tx ask", nexus.VERBS)
 
@@ -5614,7 +5622,11 @@ class FlagsAndHelp(CliCase):
                 name for name in nexus.VERBS if name.startswith(group + " ")])
         self.assertIn("tx ask reviewer", self.cli("help", "tx", "ask").out)
         self.no("usage", "help", "tx", "ou", code=2)
-        self.assertEqual(self.ok("--version"), {"version": nexus.VERSION})
+        with open(NEXUS, "rb") as file:
+            found = hashlib.sha256(file.read()).hexdigest()
+        ran = self.cli("--version")
+        self.assertEqual(ran.json, {"version": nexus.VERSION, "sha256": found})
+        self.assertIn("%s  nexus.py\nBy eye: %s %s" % (found, found[:4], found[4:8]), ran.err)
 
     def test_skill_teaches_and_a_code_shows_its_invitation(self):
         ran = self.cli("skill")
@@ -7026,6 +7038,329 @@ class VerbProcesses(CliCase):
 
 
 # ----------------------------------------------------------------------------------------
+# Parcels
+#
+# Three sites that never see each other; what goes between them are files. Whatever is cut, killed,
+# read twice or sent around, each message is everywhere once, in its order.
+# ----------------------------------------------------------------------------------------
+
+
+class Parcels(Case):
+    """tx export, tx import, keygen."""
+
+    def setUp(self):
+        self.home = self.folder()
+        self.sites = {name: self.server(site=name) for name in ("lab", "field", "home")}
+        self.clients = {name: server.client().messages for name, server in self.sites.items()}
+        self.files = 0
+
+    def run_at(self, site, *words, code=0):
+        """A `tx` verb at a site; what it printed as JSON, or the refusal."""
+        ran = run_here(self.home, "tx", *words, "--json", url=self.sites[site].url)
+        self.assertEqual(ran.code, code, ran)
+        return ran.json
+
+    def path(self, name):
+        return os.path.join(self.home, name)
+
+    def export(self, site, to, *flags):
+        """A parcel from a site: its path, or None where nothing is new."""
+        self.files += 1
+        path = self.path("%d.parcel%s" % (self.files, ".gz" * (self.files % 2)))
+        self.run_at(site, "export", path, "--to", to, *flags)
+        return path if os.path.exists(path) else None
+
+    def take(self, site, path, *flags):
+        """(imported, already here, over, acked) of an import."""
+        found = self.run_at(site, "import", path, *flags)
+        return tuple(found[name] for name in ("imported", "alreadyHere", "over", "acked"))
+
+    def contents(self, site, channel="c"):
+        return [row["content"] for row in self.clients[site].inbox(channel)]
+
+    def send(self, site, *texts, **values):
+        return [self.clients[site].send("c", text, **values)["id"] for text in texts]
+
+    def lines(self, path):
+        opened = nexus.gzip.open if path.endswith(".gz") else open
+        with opened(path, "rb") as file:
+            return file.read().splitlines(True)
+
+    def test_it_can_be_read_by_eye_and_checked_by_hand(self):
+        sent = self.clients["lab"].send("c", "with " + TOKEN, "ada", "t1", 60, "corr", {"a": 1})
+        path = self.export("lab", "field")
+        head, message, seal = [json.loads(line.decode()) for line in self.lines(path)]
+        site = self.sites["lab"].store.parcels.site()
+        self.assertRegex(site["id"], "^[0-9a-f]{16}$")
+        self.assertEqual(dict(head, createdAt=""), {
+            "nexusParcel": 1, "site": {"id": site["id"], "name": "lab"}, "to": "field", "parcel": 1,
+            "previous": None, "createdAt": "", "channels": None, "messages": 1, "acks": 0})
+        self.assertEqual(message, {"message": dict(sent, origin={"site": site["id"], "id": 1})})
+        made = hashlib.sha256(b"".join(self.lines(path)[:-1])).hexdigest()
+        self.assertEqual(seal, {"seal": {"sha256": made}})
+        self.assertEqual(self.take("field", path), (1, 0, 0, 0))
+        row, = self.clients["field"].inbox("c")
+        self.assertEqual(dict(row, id=1), {name: value for name, value in message[
+            "message"].items() if name != "redacted"})      # the text holds no secret any more
+        self.assertIsNone(self.export("lab", "field"))          # nothing is new: no file
+        self.assertEqual(list(self.clients["lab"].inbox("c")[0]), list(FIELDS) + ["redacted"])
+
+    def test_twice_after_gc_and_over_and_in_order(self):
+        self.send("field", "own")
+        self.send("lab", "1", "2")
+        self.send("lab", "short", ttl_seconds=5)
+        self.send("lab", "3")
+        path = self.export("lab", "field")
+        self.sites["field"].clock.advance(6)
+        self.assertEqual(self.take("field", path, "--dry-run"), (3, 0, 1, 0))
+        self.assertEqual(self.take("field", path), (3, 0, 1, 0))
+        self.assertEqual(self.contents("field"), ["own", "1", "2", "3"])
+        self.assertEqual(self.take("field", path), (0, 3, 1, 0))
+        self.clients["field"].ack_all("c")
+        self.clients["field"].gc(0)
+        self.assertEqual(self.take("field", path), (0, 3, 1, 0))
+        self.assertEqual(self.contents("field"), [])
+        self.assertIsNone(self.export("field", "home"))         # what is done goes nowhere
+
+    def test_who_waits_is_woken_by_what_comes_in(self):
+        self.send("lab", "hello")
+        path = self.export("lab", "field")
+        waiting = Started(self.clients["field"].inbox, "c", wait=30)
+        until(lambda: self.sites["field"].store.waiters.parked)
+        self.take("field", path)
+        self.assertEqual(waiting.result()[0]["content"], "hello")
+
+    def test_acks_go_home_the_way_the_message_came(self):
+        first, second = self.send("lab", "1", "2")
+        self.take("field", self.export("lab", "field"))
+        self.take("home", self.export("field", "home"))
+        self.assertIsNone(self.export("home", "field"))         # it came from there
+        self.assertEqual(self.take("lab", self.export("home", "lab")), (0, 2, 0, 0))    # began
+        self.clients["home"].ack(1)
+        self.clients["home"].gc(0)                              # the ack stays known
+        self.assertEqual(self.take("field", self.export("home", "field")), (0, 0, 0, 1))
+        self.assertIsNone(self.export("home", "field"))
+        back = self.export("field", "lab")
+        self.assertEqual(self.take("lab", back), (0, 0, 0, 1))
+        self.assertEqual(self.take("lab", back), (0, 0, 0, 0))
+        self.assertEqual(self.contents("lab"), ["2"])
+        self.assertEqual(self.clients["lab"].inbox("c", include_acked=True)[0]["status"], "acked")
+        self.assertEqual(self.clients["field"].pending("c"), 1)
+        self.clients["field"].lease("c", "worker")              # work under way is done by it, too
+        self.clients["lab"].ack(second)
+        self.assertIsNone(self.export("field", "lab"))
+
+    def test_a_ring_in_which_sticks_are_lost_late_and_read_twice(self):
+        pick, ring = random.Random(11), ("lab", "field", "home")
+        sent, sticks = [], {name: [] for name in ring}
+        with patched(nexus, "PARCEL_ROWS", 3):
+            for step in range(40):
+                place = pick.randrange(3)
+                site, to = ring[place], ring[(place + 1) % 3]
+                for _ in range(pick.randrange(4)):
+                    sent.append("%s %d" % (site, len(sent)))
+                    self.send(site, sent[-1])
+                path = self.export(site, to)
+                if path:
+                    sticks[to].append(path)
+                for path in sticks[to] if pick.random() < 0.7 else ():
+                    if pick.random() < 0.4:                     # killed in the middle
+                        real, left = nexus.Messages.import_parcel, iter([1])
+
+                        def dies(*args, **values):
+                            return real(*args, **values) if next(left, 0) else self.fail("killed")
+                        with patched(nexus.Messages, "import_parcel", dies), \
+                                contextlib.suppress(AssertionError):
+                            self.take(to, path)
+                    self.take(to, path)
+            for _ in range(3):                                  # until everything went around
+                for place, site in enumerate(ring):
+                    path, to = self.export(site, ring[(place + 1) % 3]), ring[(place + 1) % 3]
+                    for each in sticks[to] + [path] * bool(path):
+                        self.take(to, each)
+        for site in ring:
+            found = [row["content"] for row in self.clients[site].inbox("c", limit=1000)]
+            self.assertEqual(sorted(found), sorted(sent))
+            for begin in ring:                                  # each site's in their order
+                self.assertEqual([text for text in found if text.startswith(begin)],
+                                 [text for text in sent if text.startswith(begin)])
+
+    def test_an_export_that_was_killed_before_its_seal_is_opened_again(self):
+        self.send("lab", "1")
+        with patched(nexus.Messages, "seal_parcel", lambda *_: self.fail("killed")), \
+                self.assertRaises(AssertionError):
+            self.export("lab", "field")
+        killed = self.path("%d.parcel.gz" % self.files)
+        self.send("lab", "2")
+        path = self.export("lab", "field")
+        self.assertEqual([json.loads(self.lines(each)[0].decode())["parcel"]
+                          for each in (killed, path)], [1, 1])
+        for each, counts in ((killed, (1, 0, 0, 0)), (path, (1, 1, 0, 0))):
+            self.assertEqual(self.take("field", each), counts)
+        self.send("lab", "3")
+        self.assertEqual(self.take("field", self.export("lab", "field")), (1, 0, 0, 0))
+        self.assertEqual(self.contents("field"), ["1", "2", "3"])
+
+    def test_a_stick_that_is_full_leaves_no_half_and_nothing_counts_as_sent(self):
+        self.send("lab", "1")
+        full = OSError(nexus.errno.ENOSPC, "No space left on device")
+        with patched(nexus.os, "fsync", functools.partial(throw, full)):
+            found = self.run_at("lab", "export", self.path("full"), "--to", "field", code=1)
+        self.assertEqual(found["error"], "export_failed")
+        self.assertIn("No space left", found["message"])
+        self.assertEqual([name for name in os.listdir(self.home) if "full" in name], [])
+        self.assertEqual(self.take("field", self.export("lab", "field")), (1, 0, 0, 0))
+
+    def test_a_missing_parcel_is_said_and_one_can_be_written_again(self):
+        paths = []
+        for text in "1234":
+            self.send("lab", text)
+            paths.append(self.export("lab", "field"))
+        self.take("field", paths[0])
+        for path, missing in ((paths[2], "Parcel 2 from lab"), (paths[3], "Parcel 2 to 3 from")):
+            found = self.run_at("field", "import", path, code=1)
+            self.assertEqual(found["error"], "parcel_missing")
+            self.assertIn(missing, found["message"])
+            self.assertIn("--accept-gap", found["message"])
+        self.assertEqual(self.contents("field"), ["1"])
+        again = self.export("lab", "field", "--again", "2")
+        self.assertNotEqual(self.lines(again), self.lines(paths[1]))    # made at another time
+        self.assertEqual(self.take("field", again), (1, 0, 0, 0))
+        self.assertEqual(self.take("field", paths[2]), (1, 0, 0, 0))    # it names the first seal
+        self.assertEqual(self.take("field", paths[1]), (0, 1, 0, 0))
+        self.send("lab", "5")
+        late = self.export("lab", "field")
+        self.assertEqual(self.take("field", late, "--accept-gap"), (1, 0, 0, 0))
+        self.assertEqual(self.take("field", paths[3]), (1, 0, 0, 0))    # late, and not lost
+        self.assertEqual(self.run_at("lab", "export", self.path("x"), "--to", "field", "--again",
+                                     "9", code=1)["error"], "parcel_not_found")
+
+    def test_chosen_channels_go_alone_and_the_others_later(self):
+        for channel in ("a", "b", "a", "d"):
+            self.clients["lab"].send(channel, channel)
+        first = self.export("lab", "field", "--channel", "a", "--channel", "d")
+        self.assertEqual(json.loads(self.lines(first)[0].decode())["channels"], ["a", "d"])
+        self.clients["lab"].send("a", "later")
+        rest = self.export("lab", "field")
+        self.assertEqual([self.take("field", path) for path in (first, rest)],
+                         [(3, 0, 0, 0), (2, 0, 0, 0)])
+        self.assertEqual([self.contents("field", channel) for channel in "abd"],
+                         [["a", "a", "later"], ["b"], ["d"]])
+        self.assertIsNone(self.export("lab", "field"))
+
+    def test_keys_seal_and_are_private(self):
+        key, other, short = self.path("k"), self.path("other"), self.path("short")
+        for path in (key, other):
+            self.assertEqual(run_here(self.home, "keygen", path).code, 0)
+            self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+        self.assertEqual(run_here(self.home, "keygen", key).json["error"], "no_key")
+        with open(short, "w") as file:
+            file.write("too short")
+        self.send("lab", "1")
+        path, plain = self.export("lab", "field", "--key-file", key), self.export("lab", "home")
+        for site, flags, error, told in (
+                ("field", [], "broken_parcel", "--key-file"),
+                ("field", ["--key-file", other], "broken_parcel", "another key"),
+                ("field", ["--key-file", short], "bad_key", "keygen"),
+                ("field", ["--key-file", self.path("none")], "bad_key", "none")):
+            found = self.run_at(site, "import", path, *flags, code=1)
+            self.assertEqual(found["error"], error)
+            self.assertIn(told, found["message"])
+        os.chmod(other, 0o644)
+        if os.name == "posix":
+            self.assertIn("chmod 600", self.run_at("field", "import", path, "--key-file", other,
+                                                   code=1)["message"])
+        self.assertIn("without", self.run_at("home", "import", plain, "--key-file", key,
+                                             code=1)["message"])
+        self.assertEqual(self.take("field", path, "--key-file", key), (1, 0, 0, 0))
+
+    def test_what_is_broken_or_strange_is_refused_whole(self):
+        self.send("lab", *"12345")
+        self.export("lab", "field", "--dry-run")
+        path = self.path("good")
+        self.run_at("lab", "export", path, "--to", "field")
+        with open(path, "rb") as file:
+            good = file.read()
+        lines, cases = good.splitlines(True), []
+        pick = random.Random(5)
+        for _ in range(60):
+            place = pick.randrange(len(good))
+            cases.append((good[:place] + bytes([good[place] ^ 1 << pick.randrange(8)])
+                          + good[place + 1:], ""))
+        packed = nexus.gzip.compress(good)
+        cases += [(good[:length], "") for length in (0, 5, 300, len(good) - 1)]
+        cases += [
+            (b"".join(lines[:3] + lines[4:]), "changed"), (b"".join(lines[:-1]), "seal is missing"),
+            (good + lines[1], "goes on"), (good.replace(b'Parcel":1', b'Parcel":2'), "newer"),
+            (b"hello\n", "no parcel"), (b"[1]\n", "no parcel"), (packed[:-9], "cut short"),
+            (nexus.gzip.compress(b"x" * 9000000), "more than 4194304 bytes in line 1"),
+            (lines[0] + b"x" * 5000000, "more than"), (packed[:40] + b"??" + packed[42:], "")]
+        for data, told in cases:
+            with open(path, "wb") as file:
+                file.write(data)
+            found = self.run_at("field", "import", path, code=1)
+            self.assertEqual(found["error"], "broken_parcel", found)
+            self.assertIn(told, found["message"])
+            self.assertIn("Nothing was imported", found["message"])
+        self.assertEqual(self.clients["field"].channels(), [])
+        with open(path, "wb") as file:
+            file.write(good)
+        for site, told in (("home", "is for field, this server is home"), ("lab", "is for field")):
+            found = self.run_at(site, "import", path, code=1)
+            self.assertEqual(found["error"], "parcel_elsewhere")
+            self.assertIn(told, found["message"])
+        self.assertEqual(self.run_at("lab", "export", path, "--to", "x", code=1)["error"],
+                         "file_exists")
+        self.assertEqual(self.run_at("lab", "import", self.path("no"), code=1)["error"],
+                         "no_parcel")
+
+    def test_a_channel_that_is_full_stops_it_and_a_repetition_ends_it(self):
+        self.send("lab", *"12345")
+        path = self.export("lab", "tight")
+        server = self.server(site="tight", max_channel_messages=3)
+        self.sites["tight"], self.clients["tight"] = server, server.client(
+            patience=-1).messages
+        with patched(nexus, "PARCEL_ROWS", 2), patched(nexus, "CLIENT_ATTEMPTS", 1):
+            found = run_here(self.home, "tx", "import", path, url=server.url)
+            self.assertEqual((found.code, "full" in found.err), (1, True), found)
+            self.assertEqual(self.contents("tight"), ["1", "2"])
+            self.clients["tight"].ack_all("c")
+            self.clients["tight"].gc(0)
+            self.assertEqual(self.take("tight", path), (3, 2, 0, 0))
+
+    def test_secrets_are_blacked_out_at_the_door(self):
+        self.send("lab", "nothing secret here, I say")
+        path = self.path("p")
+        self.run_at("lab", "export", path, "--to", "field")
+        *rows, _ = self.lines(path)
+        rows[1] = rows[1].replace(b"nothing secret here, I say", TOKEN.encode())
+        made = hashlib.sha256(b"".join(rows)).hexdigest()
+        with open(path, "wb") as file:
+            file.write(b"".join(rows) + b'{"seal":{"sha256":"%s"}}\n' % made.encode())
+        self.take("field", path)
+        row, = self.clients["field"].inbox("c")
+        self.assertNotIn(TOKEN, row["content"])
+        self.assertTrue(row["redacted"])
+
+    def test_a_restored_database_gives_no_id_twice(self):
+        folder = self.folder()
+        database, copy = os.path.join(folder, "a.db"), os.path.join(folder, "copy.db")
+        server = self.server(db=database, site="lab")
+        server.client().messages.send("c", "before")
+        self.assertEqual(run_here(folder, "backup", copy, "--db", database).code, 0)
+        last = server.client().messages.send("c", "lost")["id"]
+        server.stop()
+        self.assertEqual(run_here(folder, "restore", copy, "--db", database).code, 0)
+        server = self.server(db=database)
+        self.assertGreater(server.client().messages.send("c", "after")["id"], last)
+
+
+def throw(trouble, *_):
+    """Raise it."""
+    raise trouble
+
+
+# ----------------------------------------------------------------------------------------
 # To teach with
 #
 # A lesson shows what is true: its checks are those of the self-test, its lines are the file's.
@@ -7111,7 +7446,7 @@ class Lessons(Case):
         with patched(nexus, "LESSONS", (good, bad)):
             ran = run_here(self.home, "selftest")
         self.assertEqual(ran.code, 1)
-        self.assertRegex(ran.out, r"SHA-256 [0-9a-f]{64}\nok +One\nFAILED \(it is broken\) Two\n"
+        self.assertRegex(ran.out, r"[0-9a-f]{64}  nexus.py .*\nok +One\nFAILED \(it is broken\) Two\n"
                                   r"1 promise\(s\) do not hold")
 
     def test_the_demo_shows_it_all_and_leaves_nothing_behind(self):
@@ -9797,7 +10132,7 @@ class Counted(StoreCase):
             elif kind == "fail":
                 def fail(db):
                     draft = nexus.new_message(channel, "s", "x", None, None, {}, None, [], 0)
-                    self.channels._insert(db, draft, None)
+                    self.channels.insert(db, draft, None)
                     raise ZeroDivisionError
                 self.assertRaises(ZeroDivisionError, self.db.write, fail)
             else:
