@@ -129,7 +129,8 @@ MAX_LEASE_SECONDS = 3600        # a worker that needs longer extends its lease
 MANY_BYTES = 500000             # of them in a request of our client: half of --max-body
 MAX_MANY = 1000                 # messages sent, or acks, in one request and one commit
 MANY_SECONDS = 0.05             # lines on stdin that come within this go in one request
-PARCEL_ROWS = 200               # messages or acks of a parcel in one request and one commit
+PARCEL_ROWS = 200               # messages or acks of a parcel in one request
+PARCEL_COMMIT = 25              # of them in one commit: a sender waits for 1 ms of them
 MAX_PARCEL_CHANNELS = 100       # channels that one export may choose
 RESTORED_IDS = 10 ** 9          # ids passed over by restore: more than a backup can have missed
 KEY_BYTES = 32                  # the least that the file of a parcel's key may hold
@@ -3159,11 +3160,11 @@ class Parcels:
         return found[0]
 
     def take(self, head, drafts, acks, seal, accept_gap, dry_run):
-        """Import some rows of a parcel, in one commit; `seal` comes with the last of them.
+        """Import some rows of a parcel; `seal` comes with the last of them.
 
         `head` has site (id and name), to, parcel and previous; drafts are (Message, its Origin).
         Returns {"imported", "alreadyHere", "over", "acked"}. Raises parcel_elsewhere and
-        parcel_missing.
+        parcel_missing. In several commits, between which others send; what was done is done.
         """
         own = self.site()
         if head["to"] not in own.values():
@@ -3174,9 +3175,8 @@ class Parcels:
             raise NexusError("parcel_elsewhere", "This parcel was made here; it is for %s."
                              % head["to"])
 
-        def job(db):
-            now, took = self.clock.now(), dict.fromkeys(("imported", "alreadyHere", "over",
-                                                         "acked"), 0)
+        def job(db, drafts, acks, seal):
+            now, took = self.clock.now(), collections.Counter(imported=0, alreadyHere=0, over=0)
             via = self._number_of(db, head["site"]["id"], head["site"]["name"], dry_run)
             if not accept_gap:
                 self._check_gap(db, via, head)
@@ -3203,11 +3203,16 @@ class Parcels:
                                                                 seal))
             return took, channels
 
-        def then(found):
-            for channel in found[1]:
+        took = collections.Counter()
+        for start in range(0, max(1, len(drafts)), PARCEL_COMMIT):
+            last = start + PARCEL_COMMIT >= len(drafts)
+            found, channels = self.db.write(functools.partial(
+                job, drafts=drafts[start:start + PARCEL_COMMIT], acks=acks if last else (),
+                seal=last and seal))
+            took.update(found)
+            for channel in channels:
                 self.channels.tell_of(channel)
-            return found[0]
-        return Pending(self.db, job, then, max(1, len(drafts)))
+        return took
 
     @staticmethod
     def _number_of(db, site, name, dry_run):
@@ -3487,7 +3492,7 @@ class Field:
         if not isinstance(value, list) or not self.low <= len(value) <= self.high:
             raise ValueError("must be a list of %d to %d objects" % (self.low, self.high))
         checked, faults = [], []
-        for number, item in enumerate(value):
+        for number, item in unhurried(enumerate(value)):
             place = "%s[%d]" % (self.name, number)
             if not isinstance(item, dict):
                 faults.append({"field": place, "message": "must be an object"})
@@ -4260,8 +4265,8 @@ def parcel_import(call, site: SITE, to: SITE_NAME, parcel: PARCEL_NUMBER,
     source = origin_of({"site": site.get("id"), "id": 1}, "site").site
     head = {"site": {"id": source, "name": str(site.get("name"))[:MAX_NAME]}, "to": to,
             "parcel": parcel, "previous": previous}
-    return call.app.store.parcels.take(head, [parcel_draft(call, **each) for each in messages],
-                                       acks, seal, accept_gap, dry_run)
+    return call.app.store.parcels.take(head, [parcel_draft(call, **each) for each in unhurried(
+        messages)], acks, seal, accept_gap, dry_run)
 
 
 @operation("POST", "/api/messages/inbox/{channel}/lease", "Leased", guarded=True, tool="tx_lease")
@@ -9599,10 +9604,8 @@ def run(name, flags, rest):
     if set(flags) & set(HELP):
         return explain(name)
     if not name and flags == ["--version"]:
-        found = file_sum()
-        tip("%s  nexus.py" % found)
-        tip("By eye: %s" % " ".join(re.findall("....", found[:16])))
-        return say({"version": VERSION, "sha256": found})
+        return say({"version": VERSION, "sha256sum": "%s  nexus.py" % file_sum(),
+                    "byEye": " ".join(re.findall("....", file_sum()[:16]))})
     if name not in VERBS:
         words = " ".join(([name] if name else []) + rest[:1])
         raise unknown("unknown command:", words, name) if words else \
