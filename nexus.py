@@ -23,17 +23,18 @@ The map. The file reads downward: nothing is used before it is defined.
      9. Parcels                channels carried to a server that no network reaches
     10. Expiry                 what is over is deleted, in small steps, for good
     11. Operations             what can be asked, and the one choke point that checks it
-    12. Descriptions           JSON Schema, OpenAPI and pages, derived from the operations
-    13. HTTP server            bytes in, bytes out, and everything a hostile client tries
-    14. Client                 one short method for each operation, with retries
-    15. Local state            the files under ~/.config/messaging, shared with nexus.sh
-    16. MCP                    the same operations as tools for language models
-    17. Terminal               what a person sees, and what all verbs share
-    18. Verbs of sessions      create, pair, claim, send, poll, chat, news, ...
-    19. Verbs of channels      tx send, tx inbox, tx work, tx ask, ...
-    20. Verbs of the server    serve, mcp, install, backup, restore
-    21. Lessons                learn, selftest, demo
-    22. Command line           the table of verbs, help, completion, exit codes
+    12. Descriptions           JSON Schema and OpenAPI, derived from the operations
+    13. Pages                  what a browser shows: instructions, conversations, QR codes
+    14. HTTP server            bytes in, bytes out, and everything a hostile client tries
+    15. Client                 one short method for each operation, with retries
+    16. Local state            the files under ~/.config/messaging, shared with nexus.sh
+    17. MCP                    the same operations as tools for language models
+    18. Terminal               what a person sees, and what all verbs share
+    19. Verbs of sessions      create, pair, claim, send, poll, chat, news, ...
+    20. Verbs of channels      tx send, tx inbox, tx work, tx ask, ...
+    21. Verbs of the server    serve, mcp, install, backup, restore
+    22. Lessons                learn, selftest, demo
+    23. Command line           the table of verbs, help, completion, exit codes
 
 With an hour, read four: 5 (how a commit is shared), 6 (how to wait without polling), 8 (what a
 channel is) and 11 (what can be asked, and the one place that checks it).
@@ -99,6 +100,7 @@ textwrap = Later("textwrap")
 threading = Later("threading")
 unicodedata = Later("unicodedata")
 urllib_parse = Later("urllib.parse", "urllib_parse")
+webbrowser = Later("webbrowser")
 zlib = Later("zlib")
 
 # ----------------------------------------------------------------------------------------
@@ -119,6 +121,7 @@ CODE_MEMORY_SECONDS = 86400     # how long a dead code is still told from one ne
 CODE_MISSES_PER_ADDRESS = 20    # wrong codes a minute from one address, then 429
 MISS_SECONDS = 60               # the window of both budgets of wrong codes
 CODE_MISSES_IN_ALL = 1000       # wrong codes a minute from everybody: see CODE_BITS for the odds
+MAX_WATCHES = 16                # links to read a session along, at a time
 MAX_WAIT = 60                   # seconds a long poll may ask for: below every proxy's patience
 MAX_POLL = 1000                 # messages in one answer
 DEFAULT_INBOX = 50              # messages in one inbox answer when no limit is given
@@ -333,7 +336,7 @@ ERRORS = {
     "message_already_acked": (400, "Message already acked"),
     "bad_request": (400, "This is not a request that HTTP/1.1 allows."),
     "unauthorized": (401, "This server wants a token: Authorization: Bearer TOKEN."),
-    "missing_session_key": (401, "Leaving needs the session key that join or claim returned,"
+    "missing_session_key": (401, "This needs the session key that join or claim returned,"
                                  " in the header X-Session-Key."),
     "invalid_session_key": (403, "This is not the key of this agent in this session."
                                  " Use the key that join or claim returned."),
@@ -354,6 +357,8 @@ ERRORS = {
                           " --max-agents may help."),
     "agent_id_taken": (409, "An agent with this id is already in the session. Choose another id,"
                             " or join again with its session key."),
+    "watch_not_found": (404, "This link shows nothing any more: the conversation is over, or the"
+                             " link was withdrawn."),
     "parcel_not_found": (404, "There is no such parcel: it was never finished, or goes to another"
                               " site."),
     "parcel_missing": (409, "A parcel before this one has not come."),
@@ -1343,6 +1348,10 @@ CREATE TABLE parcels (      -- what each parcel to each site holds, so that it c
     previous    TEXT,                        -- seals; NULL: there is none, or none yet
     seal        TEXT,
     PRIMARY KEY (dest, number)) WITHOUT ROWID;
+""", """
+CREATE TABLE watches (      -- links with which anybody may read a session along
+    token_hash  BLOB PRIMARY KEY,
+    session     INTEGER NOT NULL) WITHOUT ROWID;
 """)
 APPLICATION_ID = 0x6E657875     # "nexu": tells our files from other SQLite databases
 
@@ -2264,12 +2273,16 @@ class Sessions:
         With `others` those of the agent itself are passed over, and so is the cursor. With `peek`
         a program looks, not the agent: nobody was here, and no clock starts again.
         """
+        return self._read(lambda: self._as_member(self._look_up(session_id, agent_id)), agent_id,
+                          after, limit, wait, members, caller, others, peek)[0]
+
+    def _read(self, find, agent_id, after, limit, wait, members, caller, others, peek):
         floor, session = -1 if after is None else after, None
 
         def look():
             nonlocal floor, session
             now = self.clock.now()
-            session = self._as_member(self._look_up(session_id, agent_id))
+            session = find()
             if not peek:
                 self._touch(session.num, agent_id, now)
             if floor >= session.last_cursor:
@@ -2291,7 +2304,47 @@ class Sessions:
                   "nextCursor": str(max(floor, 0)), "more": more}
         if members:
             answer["members"] = self._members(session.num)
-        return answer
+        return answer, session
+
+    # Spectators: whoever has such a link reads along, without a place, a name or a voice.
+
+    def watch(self, session_id, agent_id, key):
+        """A new link's token, and when the session ends. Only the token's hash is kept."""
+        now, token = self.clock.now(), secrets.token_urlsafe(16)
+
+        def job(db):
+            session = self._as_member(self._look_up_in(db, session_id, agent_id, now), digest(key))
+            count, = db.execute("SELECT COUNT(*) FROM watches WHERE session = ?",
+                                (session.num,)).fetchone()
+            if count >= MAX_WATCHES:
+                raise slow_down("quota_exceeded", 60)
+            db.execute("INSERT INTO watches VALUES (?, ?)", (digest(token), session.num))
+            return self._end_of(session)
+        return token, self.db.write(job)
+
+    def unwatch(self, session_id, agent_id, key):
+        """Withdraw all links of a session; how many there were. Who waits there is woken."""
+        now = self.clock.now()
+
+        def job(db):
+            session = self._as_member(self._look_up_in(db, session_id, agent_id, now), digest(key))
+            return session.num, db.execute("DELETE FROM watches WHERE session = ?",
+                                           (session.num,)).rowcount
+        num, count = self.db.write(job)
+        self.waiters.notify(session_place(num))
+        return count
+
+    def read_along(self, token, after, limit, wait, caller):
+        """What poll() tells, to whoever has a link. Raises watch_not_found."""
+        def find():
+            rows = self.db.read("SELECT s.id FROM watches w JOIN sessions s ON s.num = w.session"
+                                " WHERE w.token_hash = ?", (digest(token),))
+            try:
+                return self._look_up(rows[0][0] if rows else "")
+            except NexusError:
+                raise NexusError("watch_not_found") from None
+        answer, session = self._read(find, "", after, limit, wait, True, caller, False, True)
+        return dict(answer, expiresAt=iso(self._end_of(session)))
 
     def _page(self, session, floor, limit, now, but=""):
         first = session.num << 32
@@ -2338,7 +2391,10 @@ class Sessions:
         return code, now + CODE_SECONDS * 1000
 
     def _code(self, text, caller):
-        """(state, session's ttl, when the code ends); a code that can't be claimed costs."""
+        """(state, session's ttl, when the code ends, the session's number).
+
+        A code that can't be claimed costs.
+        """
         spent = self._spend(caller)
         rows = self.db.read("SELECT c.claimed_at, c.expires_at, s.num, s.ttl, s.expires_at"
                             " FROM codes c LEFT JOIN sessions s ON s.num = c.session"
@@ -2350,8 +2406,8 @@ class Sessions:
         if claimed_at is None and ends > now and num is not None \
                 and self._ends_at(num, ttl, session_ends) > now:
             self._refund(spent)
-            return "pending", ttl, ends
-        return "expired" if claimed_at is None else "claimed", ttl, ends
+            return "pending", ttl, ends, num
+        return "expired" if claimed_at is None else "claimed", ttl, ends, num
 
     def code_state(self, text, caller):
         """pending, claimed or expired; raises code_not_found for a code never given out."""
@@ -2359,12 +2415,12 @@ class Sessions:
             return self._code(text, caller)[0]
 
     def code_facts(self, text, caller):
-        """What the page behind a code tells: the session's ttl, and when the code ends."""
+        """What the page behind a code tells: the session's ttl, when the code ends, who is in."""
         with self._looking:
-            state, ttl, ends = self._code(text, caller)
+            state, ttl, ends, num = self._code(text, caller)
         if state != "pending":
             raise NexusError("code_expired_or_used")
-        return ttl, ends
+        return ttl, ends, self._agents(num)
 
     def claim(self, text, agent_id, caller):
         """Use a code up and join its session, both in one commit. A refusal burns nothing."""
@@ -2500,6 +2556,7 @@ class Sessions:
         return len(rows)
 
     def _remove_sessions(self, db, nums):
+        db.execute("DELETE FROM watches WHERE " + any_of("session", nums), nums)
         db.execute("DELETE FROM agents WHERE " + any_of("session", nums), nums)
         self.db.unscrubbed = True
         return db.execute("DELETE FROM sessions WHERE " + any_of("num", nums), nums).rowcount
@@ -3920,6 +3977,7 @@ SESSION_ID = Field("path")
 AGENT_ID = Field("header", header="X-Agent-Id", pattern=AGENT_ID_PATTERN,
                  missing="missing_agent_id")
 SESSION_KEY = Field("header", header="X-Session-Key", help="key from join or claim", high=128)
+NEEDED_KEY = Field("header", header="X-Session-Key", high=128, missing="missing_session_key")
 RETRY_KEY = Field("header", header="Idempotency-Key", low=1, high=MAX_RETRY_KEY,
                   help="makes a repeated send harmless")
 CODE = Field("path", help="code or link")
@@ -3971,8 +4029,7 @@ def join_session(call, session_id: SESSION_ID, agent_id: AGENT_ID,
 def leave_session(call, session_id: SESSION_ID, agent_id: Field("path"),
                   caller_id: Field("header", header="X-Agent-Id", missing="missing_agent_id",
                                    pattern=AGENT_ID_PATTERN, tool="agentId"),
-                  session_key: Field("header", header="X-Session-Key", high=128,
-                                     missing="missing_session_key")):
+                  session_key: NEEDED_KEY):
     """Leave a session"""
     return call.app.store.sessions.leave(session_id, agent_id, caller_id, session_key)
 
@@ -4012,6 +4069,28 @@ def poll_messages(call, session_id: SESSION_ID, agent_id: AGENT_ID,
     """Read messages after a cursor"""
     return call.app.store.sessions.poll(session_id, agent_id, after, limit, wait, members,
                                         call.caller, others, peek)
+
+
+@operation("PUT", "/v1/sessions/{session_id}/watch", "WatchLink", 201)
+def watch_session(call, session_id: SESSION_ID, agent_id: AGENT_ID, session_key: NEEDED_KEY):
+    """Make a link with which anybody may read along"""
+    token, ends = call.app.store.sessions.watch(session_id, agent_id, session_key)
+    return {"url": "%s/w#%s" % (call.app.base_url(call), token), "expiresAt": iso(ends)}
+
+
+@operation("DELETE", "/v1/sessions/{session_id}/watch", "Unwatched")
+def unwatch_session(call, session_id: SESSION_ID, agent_id: AGENT_ID, session_key: NEEDED_KEY):
+    """Withdraw all such links of a session"""
+    return {"ok": True,
+            "withdrawn": call.app.store.sessions.unwatch(session_id, agent_id, session_key)}
+
+
+@operation("GET", "/v1/watch", "Watched")
+def read_along(call, watch_token: Field("header", header="X-Watch-Token", low=1, high=128),
+               after: Field("query", "integer", low=0, high=2 ** 32 - 1) = None,
+               limit: Field("query", "integer", low=1, high=MAX_POLL) = MAX_POLL, wait: WAIT = 0):
+    """Read along with the token of a link"""
+    return call.app.store.sessions.read_along(watch_token, after, limit, wait, call.caller)
 
 
 @operation("PUT", "/v1/pair", "Code", 201, tool="nexus_pair")
@@ -4383,8 +4462,7 @@ def channel_ask(call, channel: CHANNEL, content: CONTENT, sender: SENDER = "mcp"
 # 12. Descriptions
 #
 # Everything that describes the operations is computed from them: JSON Schema, the OpenAPI
-# document, the pages that teach. A page is written once, in Markdown, with command lines that run
-# as printed; a browser gets the same text as HTML.
+# document. Whoever adds an operation has described it.
 # ----------------------------------------------------------------------------------------
 
 # The shapes of answers: name, ? if it may be absent, then its type if that is not string; * for a
@@ -4404,6 +4482,9 @@ SHAPES = {
     "SessionMessage": "id agentId text json?:any cursor verified:boolean createdAt expiresAt",
     "Presence": "agentId lastSeenAt",
     "Polled": "messages:SessionMessage* nextCursor more:boolean members?:Presence*",
+    "WatchLink": "url expiresAt",
+    "Unwatched": "ok:boolean withdrawn:integer",
+    "Watched": "messages:SessionMessage* nextCursor more:boolean members:Presence* expiresAt",
     "Code": "code url expiresAt",
     "Claimed": "sessionId status sessionKey",
     "CodeState": "state",
@@ -4548,7 +4629,14 @@ def openapi(call):
     return openapi_document(call.app.settings, call.app.tokens.wanted)
 
 
-# Pages.
+# ----------------------------------------------------------------------------------------
+# 13. Pages
+#
+# What a browser shows. Instructions are written once, in Markdown, with command lines that run as
+# printed; a browser gets the same text as HTML. A person can take part: one style and one script
+# serve four pages (behind a pairing link, a conversation, spectators, the overview). A page calls
+# public operations alone, can load nothing else, and runs nothing that a message contains.
+# ----------------------------------------------------------------------------------------
 
 CODE_PAGE = """
 # You are invited to a conversation
@@ -4668,12 +4756,15 @@ _LOAD = ("SID=$(sed -n 's/.*\"sessionId\":\"\\([^\"]*\\)\".*/\\1/p' {file}) KEY=
 
 PAGE_STYLE = """
 :root{color-scheme:light dark;--ink:#1c2330;--paper:#fbfaf7;--line:#d9d5ca;--soft:#f1eee6;
---mark:#0b6b58}
+--mark:#0b6b58;--bad:#9c2f1f;--dim:#5d6472;--on:#fff}
 @media(prefers-color-scheme:dark){:root{--ink:#e4e2db;--paper:#171a1f;--line:#363b44;--soft:#20242b;
---mark:#6fd0b8}}
+--mark:#6fd0b8;--bad:#f0a394;--dim:#a3a9b4;--on:#10231e}}
+*{box-sizing:border-box}
 body{margin:0 auto;max-width:46rem;padding:2.5rem 1.25rem 5rem;background:var(--paper);
 color:var(--ink);font:17px/1.6 Georgia,'Times New Roman',serif}
-h1,h2{font-family:system-ui,sans-serif;line-height:1.2;letter-spacing:-.01em}
+h1,h2,button,input,textarea,.bar,.message header,.wire,label,table,.figure{
+font-family:system-ui,sans-serif}
+h1,h2{line-height:1.2;letter-spacing:-.01em}
 h1{font-size:2rem;margin:0 0 1.2rem}
 h2{font-size:1.2rem;margin:2.2rem 0 .6rem;padding-top:1rem;border-top:1px solid var(--line)}
 code,pre{font:14px/1.5 ui-monospace,Menlo,Consolas,monospace;background:var(--soft);
@@ -4681,6 +4772,61 @@ border-radius:5px}
 code{padding:.1em .3em}
 pre{padding:.8rem 1rem;border:1px solid var(--line);white-space:pre-wrap;overflow-wrap:anywhere}
 pre code{padding:0;background:none}strong{color:var(--mark)}li{margin:.35rem 0}
+[hidden]{display:none!important}a{color:var(--mark);overflow-wrap:anywhere}
+button{font-size:16px;min-height:44px;padding:.4rem 1rem;border:1px solid var(--mark);
+border-radius:8px;background:var(--mark);color:var(--on);cursor:pointer}
+button.quiet{background:none;color:var(--mark);border-color:var(--line)}
+input,textarea{font-size:16px;min-height:44px;width:100%;padding:.5rem .7rem;color:var(--ink);
+background:var(--paper);border:1px solid var(--dim);border-radius:8px}
+:focus-visible{outline:3px solid var(--mark);outline-offset:2px}
+label{display:block;margin:.8rem 0 .3rem}
+.row{display:flex;gap:.5rem;align-items:end;flex-wrap:wrap}.row>input,.row>textarea{flex:1 1 12rem}
+.bad{color:var(--bad)}.code{font:700 1.6rem ui-monospace,Menlo,Consolas,monospace}
+.qr{width:min(14rem,100%);display:block;margin:.8rem 0;border-radius:8px}
+.wire{margin-top:1.5rem;font-size:14px;color:var(--dim)}.wire ol{padding:0;list-style:none}
+.wire code{overflow-wrap:anywhere}.note{margin:0 0 .4rem;font-size:15px;color:var(--dim)}
+.wire summary,.message summary{cursor:pointer;min-height:24px}
+body.app{max-width:60rem;padding:0;height:100dvh;display:flex;flex-direction:column}
+.app main{flex:1;min-height:0;overflow-y:auto;display:flex;flex-direction:column;
+padding:.8rem 1.25rem 0}
+.app h1{font-size:1.3rem;margin:0;color:var(--ink)}
+.app section{display:flex;flex-direction:column;min-height:0;flex:1}
+.bar{display:flex;flex-wrap:wrap;gap:.4rem .8rem;align-items:center;font-size:15px;
+color:var(--dim)}.bar ul{display:flex;flex-wrap:wrap;gap:.1rem 1rem;list-style:none;margin:0;
+padding:0}.bar li{margin:0}.bar button{min-height:36px;padding:.2rem .7rem}
+#state::before{content:"";display:inline-block;width:.6rem;height:.6rem;margin-right:.4rem;
+border-radius:50%;background:var(--mark)}#state[data-state=waiting]::before{background:var(--dim)}
+#state[data-state=trying]::before,#state[data-state=ended]::before{background:var(--bad)}
+#log{flex:1 0 9rem;overflow-y:auto;display:flex;flex-direction:column-reverse;margin:.6rem 0 0;
+border-top:1px solid var(--line)}
+.message{content-visibility:auto;contain-intrinsic-size:auto 5rem;padding:.7rem .2rem;
+border-bottom:1px solid var(--line);overflow-wrap:anywhere}.message p{margin:.2rem 0;
+white-space:pre-wrap}.message.mine{padding-left:.8rem;border-left:3px solid var(--mark)}
+.message header{display:flex;flex-wrap:wrap;gap:.1rem .7rem;font-size:14px;color:var(--dim)}
+mark{background:var(--soft);color:var(--dim);border-bottom:2px solid var(--dim);padding:0 .2em}
+#below{align-self:center;margin:-3.4rem 0 .4rem;z-index:1}#write{padding:.6rem 0}
+#outbox p{margin:.2rem 0;color:var(--dim)}#notice{margin:.3rem 0 0;min-height:1.6em}
+.app .wire{margin:0;padding:.4rem 1.25rem;max-height:40dvh;overflow:auto;flex:none;
+border-top:1px solid var(--line)}#panel:not(:empty){padding:.8rem 1rem;margin-top:.6rem;
+background:var(--soft);border-radius:8px;overflow:auto;max-height:60dvh}
+.figures{display:flex;flex-wrap:wrap;gap:.6rem 1.4rem;margin:.6rem 0}.figure{display:grid;
+font-size:14px;color:var(--dim)}.figure b{font-size:1.5rem;color:var(--ink)}
+.figure svg{width:6rem;height:2rem}.figure polyline{fill:none;stroke:var(--mark);
+stroke-width:1.5;vector-effect:non-scaling-stroke}
+table{border-collapse:collapse;width:100%;font-size:15px}td,th{text-align:left;
+padding:.2rem .6rem .2rem 0;border-bottom:1px solid var(--line)}
+.app #overview{display:block;overflow:auto}#overview #log{max-height:50dvh}
+[data-page=spectate] pre{font-size:.7em}[data-page=spectate]{font-size:clamp(19px,2.2vw,34px)}
+[data-page=spectate] .message header{
+font-size:.75em}[data-page=spectate] .message{contain-intrinsic-size:auto 8rem}
+.h0{color:#8a3b12}.h1{color:#6b5b00}.h2{color:#3c6b00}.h3{color:#006b4f}.h4{color:#00607a}
+.h5{color:#2a4fb0}.h6{color:#6a3fb0}.h7{color:#a02a72}
+@media(prefers-color-scheme:dark){.h0{color:#ffb38a}.h1{color:#e6d36b}.h2{color:#b4dd7a}
+.h3{color:#6fd0b8}.h4{color:#7fcbe6}.h5{color:#a5bdff}.h6{color:#cdb3ff}.h7{color:#ff9ed2}}
+@media(max-width:480px){.seen{display:none}body{padding:1.5rem 1rem 3rem}h1{font-size:1.6rem}
+.app main{padding:.5rem .8rem 0}}
+@media(prefers-reduced-motion:no-preference){.message{animation:in .18s ease-out}
+@keyframes in{from{opacity:0;transform:translateY(.5rem)}}}
 """
 
 
@@ -4722,55 +4868,931 @@ def html_document(title, body):
             % (escape(title), PAGE_STYLE, body))
 
 
-@functools.lru_cache(maxsize=1)
-def _style_hash():
+def app_document(kind, title, main, code=""):
+    """One of the pages with a script: `kind` is what the script starts, `main` its HTML."""
+    return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width="
+            "device-width,initial-scale=1,interactive-widget=resizes-content'><title>%s</title>"
+            "<style>%s</style><body class='%s' data-page=%s data-code='%s'>%s<details class=wire>"
+            "<summary>The wire</summary><p>Each call of this page, newest first.</p><ol id=calls>"
+            "</ol></details>"
+            "<script>%s</script></body></html>\n" % (
+                escape(title), PAGE_STYLE, "" if code else "app", kind, code, main, APP_SCRIPT))
+
+
+@functools.lru_cache(maxsize=2)
+def _hash_of(text):
     import base64
-    return base64.b64encode(hashlib.sha256(PAGE_STYLE.encode()).digest()).decode()
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def page(call, template, file, agent, **values):
-    """A page in the form that the caller reads: HTML for browsers, Markdown for agents.
+def html_reply(document, status=None):
+    """HTML under a policy that lets it load nothing, and call this server alone."""
+    policy = "default-src 'none'; style-src 'sha256-%s'; base-uri 'none'; form-action 'none';" \
+             " frame-ancestors 'none'" % _hash_of(PAGE_STYLE)
+    if "<script>" in document:
+        policy += "; script-src 'sha256-%s'; connect-src 'self'; img-src 'self'" \
+                  % _hash_of(APP_SCRIPT)
+    return Reply(document, [
+        ("Vary", "Accept"), ("Content-Security-Policy", policy), ("X-Frame-Options", "DENY"),
+        ("Referrer-Policy", "no-referrer")], status, "text/html; charset=utf-8")
 
-    Every command line in it can be run by itself: what it needs to know is read from `file`.
-    """
+
+def reads_html(headers):
+    """Is it a browser that asks? Agents do not say that they read HTML."""
+    return "text/html" in headers.get("accept", "")
+
+
+def instructions(call, template, file, agent, **values):
+    """A page's Markdown. Each command line runs by itself: what it needs is read from `file`."""
     json_body = ' -H "Content-Type: application/json"'
-    text = template.strip().format(
+    return template.strip().format(
         base=call.app.base_url(call), load=_LOAD.format(file=file), agent=agent, file=file,
         me='-H "X-Agent-Id: %s"' % agent, key='-H "X-Session-Key: $KEY"',
         put="curl -sS -X PUT" + json_body, post="curl -sS -X POST" + json_body,
         delete="curl -sS -X DELETE", **values) + "\n"
-    if "text/html" not in call.headers.get("accept", ""):
-        return Reply(text, [("Vary", "Accept")], content_type="text/markdown; charset=utf-8")
-    policy = "default-src 'none'; style-src 'sha256-%s'; base-uri 'none'; form-action 'none';" \
-             " frame-ancestors 'none'" % _style_hash()
-    return Reply(html_page(text), [
-        ("Vary", "Accept"), ("Content-Security-Policy", policy), ("X-Frame-Options", "DENY"),
-        ("Referrer-Policy", "no-referrer")], content_type="text/html; charset=utf-8")
+
+
+def markdown_reply(text):
+    """Instructions as an agent reads them."""
+    return Reply(text, [("Vary", "Accept")], content_type="text/markdown; charset=utf-8")
+
+
+APP_SCRIPT = r"""
+"use strict";
+/* The pages of nexus. A page calls the public operations and nothing else, and shows each call in
+   the panel "The wire". What others wrote becomes text nodes, never markup. A Reader reads a place
+   without a gap: its cursor moves over what was shown, and nothing else moves it. */
+
+// Small tools.
+
+const $ = id => document.getElementById(id);
+const page = document.body.dataset.page;
+
+function el(tag, attributes, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {}))
+    if (typeof value === "function") node.addEventListener(name, value);
+    else if (value !== false && value != null) node.setAttribute(name, value === true ? "" : value);
+  node.append(...children.filter(child => child != null));
+  return node;
+}
+
+const pause = seconds => new Promise(done => setTimeout(done, seconds * 1000));
+const clock = time => new Date(time).toLocaleTimeString([], {hour: "2-digit", minute: "2-digit"});
+const newKey = () => Array.from(crypto.getRandomValues(new Uint8Array(16)),
+                                byte => byte.toString(16).padStart(2, "0")).join("");
+
+function left(time) {
+  const seconds = Math.max(0, Math.round((new Date(time) - Date.now()) / 1000));
+  const [size, unit] = [[86400, "day"], [3600, "hour"], [60, "minute"]].find(
+    ([size]) => seconds >= size) || [1, "second"];
+  const count = Math.floor(seconds / size);
+  return `${count} ${unit}${count === 1 ? "" : "s"}`;
+}
+
+/* The page's storage, or memory where a browser has none: then a reload forgets. */
+function storage(kind) {
+  const memory = {};
+  let real = null;
+  try { real = window[kind]; real.setItem("nexus", "1"); } catch { real = null; }
+  return {
+    get: name => { try { return JSON.parse((real ? real.getItem("nexus:" + name) : memory[name])
+                                           ?? "null"); } catch { return null; } },
+    put: (name, value) => {
+      try { real ? real.setItem("nexus:" + name, JSON.stringify(value))
+                 : memory[name] = JSON.stringify(value); } catch { /* full: as if it had none */ }
+    },
+    drop: name => { real ? real.removeItem("nexus:" + name) : delete memory[name]; },
+  };
+}
+const kept = storage("localStorage"), tab = storage("sessionStorage");
+
+function copier(text) {
+  return el("button", {type: "button", class: "quiet", click: async event => {
+    const button = event.target;
+    try { await navigator.clipboard.writeText(text()); }
+    catch {                                     // plain http has no clipboard: the old way
+      const area = el("textarea", {}, text());
+      document.body.append(area); area.select(); document.execCommand("copy"); area.remove();
+    }
+    button.textContent = "Copied"; setTimeout(() => button.textContent = "Copy", 1500);
+  }}, "Copy");
+}
+
+// The wire: what this page has said to the server, keys masked.
+
+const SECRET = {"X-Session-Key": "$NEXUS_KEY", "X-Watch-Token": "$NEXUS_WATCH",
+                "Authorization": "Bearer $NEXUS_TOKEN"};
+const WIRE_ROWS = 200;
+
+const masked = text => text.replace(/("sessionKey": ?")[^"]+/g, "$1…")
+                           .replace(/(\/w#)[\w-]+/g, "$1…");
+const quoted = text => "'" + text.replaceAll("'", `'"'"'`) + "'";
+
+function asCurl(call) {
+  const words = ["curl -sS", call.method === "GET" ? "" : "-X " + call.method,
+                 quoted(location.origin + call.path)];
+  for (const [name, value] of Object.entries(call.headers))
+    words.push("-H " + (SECRET[name] ? `"${name}: ${SECRET[name]}"` : quoted(`${name}: ${value}`)));
+  if (call.body !== undefined) words.push("--data-raw " + quoted(JSON.stringify(call.body)));
+  return words.filter(Boolean).join(" ");
+}
+
+function record(call) {
+  const sent = Object.entries(call.headers).map(
+    ([name, value]) => `${name}: ${SECRET[name] ? "…" : value}`);
+  const body = call.body === undefined ? "" : "\n\n" + JSON.stringify(call.body);
+  const row = el("li", {}, el("details", {},
+    el("summary", {}, el("code", {}, `${call.method} ${call.path.replace(/\?.*/, "")}`),
+       ` ${call.status || "no answer"} · ${Math.round(call.ms)} ms`),
+    el("pre", {}, masked(`${call.method} ${call.path}\n${sent.join("\n")}${body}`)),
+    el("pre", {}, masked(`${call.status}\n${call.answerHeaders}\n\n${call.text}`.slice(0, 4000))),
+    el("pre", {}, asCurl(call)), copier(() => asCurl(call))));
+  $("calls").prepend(row);
+  while ($("calls").children.length > WIRE_ROWS) $("calls").lastChild.remove();
+}
+
+class Refusal extends Error {
+  constructor(status, body, wait) {
+    super(body.message || "The server does not answer.");
+    Object.assign(this, {status, code: body.error, wait});
+  }
+  get passing() { return !this.status || this.status === 429 || this.status >= 500; }
+}
+
+async function call(method, path, {headers = {}, body, signal, wait = 0} = {}) {
+  const said = {method, path, headers: {...headers}, body, answerHeaders: "", text: "", status: 0};
+  if (body !== undefined) said.headers["Content-Type"] = "application/json";
+  const ends = new AbortController(), began = performance.now();
+  const timer = setTimeout(() => ends.abort(), (wait + 15) * 1000);
+  signal?.addEventListener("abort", () => ends.abort());
+  let answer = {};
+  try {
+    const response = await fetch(path, {method, headers: said.headers, signal: ends.signal,
+      cache: "no-store", body: body === undefined ? undefined : JSON.stringify(body)});
+    said.text = await response.text();
+    said.status = response.status;
+    said.answerHeaders = [...response.headers].map(pair => pair.join(": ")).join("\n");
+    said.retry = Number(response.headers.get("retry-after")) || 0;
+    try { answer = JSON.parse(said.text); } catch { answer = {message: said.text}; }
+  } catch { said.status = 0; }
+  clearTimeout(timer);
+  said.ms = performance.now() - began;
+  if (!signal?.aborted) record(said);
+  if (!said.status || said.status >= 400) throw new Refusal(said.status, answer, said.retry);
+  return answer;
+}
+
+// Reading. One tab of a browser asks for all tabs that show the same place, and at most four places
+// are waited for at a time: HTTP/1.1 gives an origin six connections. A hidden tab asks nothing.
+
+const LONG = 25, SLOTS = 4;
+
+const shown = () => document.hidden ? new Promise(done => document.addEventListener(
+  "visibilitychange", done, {once: true})).then(shown) : Promise.resolve();
+
+async function withSlot(work, number = 0) {
+  if (!navigator.locks || number === SLOTS) { await work(0); return pause(2); }
+  let done = false;
+  await navigator.locks.request("nexus slot " + number, {ifAvailable: true}, async lock => {
+    if (lock) { done = true; await work(LONG); }
+  });
+  return done ? undefined : withSlot(work, number + 1);
+}
+
+class Reader {
+  constructor(name, read, show, tell) {
+    Object.assign(this, {name, read, show, tell, after: null, ended: false, failed: 0});
+    this.channel = window.BroadcastChannel ? new BroadcastChannel("nexus " + name) : null;
+    if (this.channel) this.channel.onmessage = ({data}) => this.hear(data);
+  }
+
+  take(base, answer) {                  // only what follows on what we have
+    if (base !== this.after) return false;
+    this.after = answer.nextCursor;
+    this.show(answer);
+    return true;
+  }
+
+  hear({base, answer}) {
+    if (!this.take(base, answer) && this.after !== null)
+      this.catchUp().catch(() => {});   // we lack what was before it; who leads tells of trouble
+  }
+
+  async catchUp(signal) { while ((await this.ask(0, signal)).more); }
+
+  async ask(wait, signal) {
+    const base = this.after, answer = await this.read(base, wait, signal);
+    if (this.take(base, answer)) {
+      this.failed = 0;
+      this.tell("connected");
+      if (answer.messages.length) this.channel?.postMessage({base, answer});
+    }
+    return answer;
+  }
+
+  async lead(signal) {
+    while (!signal.aborted && !this.ended) {
+      try {
+        await withSlot(wait => wait ? this.ask(wait, signal) : this.catchUp(signal));
+      } catch (trouble) {
+        if (signal.aborted) return;
+        if (!trouble.passing) throw trouble;
+        await this.rest(trouble.wait);
+      }
+    }
+  }
+
+  async rest(wait) {
+    let seconds = Math.max(wait || 0, Math.min(30, 2 ** this.failed++));
+    for (; seconds > 0 && !this.ended; seconds--) {
+      this.tell("trying", `trying again in ${seconds} s`);
+      await pause(1);
+    }
+  }
+
+  async run() {
+    this.tell("waiting");
+    while (!this.ended) {
+      await shown();
+      const away = new AbortController();
+      const leave = () => document.hidden && away.abort();
+      document.addEventListener("visibilitychange", leave);
+      try {
+        await this.catchUp(away.signal);
+        if (navigator.locks) await navigator.locks.request("nexus " + this.name,
+          {signal: away.signal}, () => this.lead(away.signal));
+        else await this.lead(away.signal);
+      } catch (trouble) {
+        if (!(trouble instanceof Refusal) || away.signal.aborted) continue;
+        if (trouble.passing) await this.rest(trouble.wait); else this.end(trouble.message);
+      } finally {
+        document.removeEventListener("visibilitychange", leave);
+      }
+    }
+  }
+
+  end(why) { this.ended = true; this.tell("ended", why); this.channel?.close(); }
+}
+
+// The log of messages: it follows the reader who is at its end, and leaves alone who scrolled up.
+// Its style turns it upside down, so that a browser keeps its end in view by itself: scrollTop is 0
+// there and negative above.
+
+let unread = 0;
+const title = document.title;
+
+function count(more) {
+  unread = more ? unread + more : 0;
+  document.title = (unread ? `(${unread}) ` : "") + title;
+}
+addEventListener("focus", () => count(0));
+
+function marked(text) {                 // what was blacked out is said as such
+  return text.split(/(\[REDACTED:[\w-]+\])/).map(part => part.startsWith("[REDACTED:")
+    ? el("mark", {title: "blacked out by the server"}, part.slice(10, -1) + " removed") : part);
+}
+
+function hue(name) {
+  let sum = 0;
+  for (const sign of name) sum = (sum * 31 + sign.codePointAt(0)) % 360;
+  return sum;
+}
+
+function bubble(message, mine) {
+  return el("article", {class: mine ? "message mine" : "message",
+                        "data-cursor": message.cursor},
+    el("header", {}, el("strong", {class: "name h" + Math.floor(hue(message.agentId) / 45)},
+      message.agentId), message.verified ? el("span", {title: "the server knows the sender"},
+      "✓ verified") : el("span", {}, "not verified"), el("time", {datetime: message.createdAt},
+      clock(message.createdAt))),
+    message.text ? el("p", {}, ...marked(message.text)) : null,
+    "json" in message ? el("details", {open: JSON.stringify(message.json).length < 200},
+      el("summary", {}, "data"),
+      el("pre", {}, ...marked(JSON.stringify(message.json, null, 2)))) : null);
+}
+
+const atEnd = () => $("log").scrollTop > -80;
+
+function append(nodes) {
+  const follow = atEnd();
+  $("lines").append(...nodes);
+  if (follow) $("log").scrollTop = 0;
+  else if (nodes.length) {
+    $("below").hidden = false;
+    $("below").dataset.count = Number($("below").dataset.count || 0) + nodes.length;
+    $("below").textContent = `${$("below").dataset.count} new below`;
+  }
+}
+
+function watchScroll() {
+  const log = $("log"), below = $("below");
+  const reset = () => { below.hidden = true; below.dataset.count = 0; };
+  below.addEventListener("click", () => { log.scrollTop = 0; reset(); });
+  log.addEventListener("scroll", () => atEnd() && reset());
+}
+
+function tell(state, text) {
+  $("state").dataset.state = state;
+  $("state").textContent = text || state;
+}
+
+function showMembers(members) {
+  $("members").replaceChildren(...members.map(({agentId, lastSeenAt}) => el("li",
+    {title: "last seen " + clock(lastSeenAt)}, el("strong", {class: "name h" + Math.floor(
+      hue(agentId) / 45)}, agentId), el("span", {class: "seen"}, Date.now() - new Date(lastSeenAt)
+    < 90000 ? " here" : " seen " + clock(lastSeenAt)))));
+}
+
+function showEnd(time) {
+  const draw = () => $("ends").textContent = new Date(time) > Date.now()
+    ? `ends in ${left(time)} unless somebody writes` : "";
+  clearInterval(showEnd.timer);
+  showEnd.timer = setInterval(draw, 1000);
+  draw();
+}
+
+function say(text, bad) {
+  $("notice").textContent = text;
+  $("notice").className = bad ? "bad" : "";
+}
+
+// A conversation.
+
+function talk(session) {
+  const {id, agent, key} = session, base = `/v1/sessions/${id}`;
+  const identity = {"X-Agent-Id": agent, "X-Session-Key": key};
+  const seen = new Map();
+  let ttl = 0;
+  call("GET", base).then(session => { ttl = session.ttl; showEnd(session.expiresAt); }, () => {});
+  tab.put("current", id);
+  history.replaceState(null, "", "/talk");
+  document.body.className = "app";
+  $("join")?.remove();
+  $("talk").hidden = false;
+  $("who").textContent = agent;
+  watchScroll();
+
+  const reader = new Reader("session " + id, (after, wait, signal) => call("GET",
+    `${base}/messages?members=true&limit=1000${after === null ? "" : "&after=" + after}`
+    + (wait ? "&wait=" + wait : ""), {headers: {"X-Agent-Id": agent}, signal, wait}), answer => {
+    const fresh = answer.messages.filter(message => !seen.has(message.cursor));
+    for (const message of fresh) seen.set(message.cursor, message);
+    append(fresh.map(message => bubble(message, message.agentId === agent)));
+    if (!document.hasFocus()) count(fresh.filter(({agentId}) => agentId !== agent).length);
+    showMembers(answer.members);
+    if (ttl) showEnd(Date.now() + ttl * 1000);          // to ask is to be there
+  }, (state, text) => {
+    tell(state, text);
+    if (state === "ended") { $("write").hidden = true; say(text, true); }
+  });
+  reader.run();
+
+  // What is written waits in the outbox with its Idempotency-Key until the server has it: a lost
+  // answer, a reload or a second tab doubles nothing.
+  const text = $("text"), name = "draft " + id, box = "outbox " + id;
+  text.value = kept.get(name) || "";
+  text.addEventListener("input", () => kept.put(name, text.value));
+  text.addEventListener("keydown", event => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      $("write").requestSubmit();
+    }
+  });
+  let sending = false;
+  async function deliver() {
+    if (sending) return;
+    sending = true;
+    for (let tries = 0, first; (first = (kept.get(box) || [])[0]);) {
+      $("outbox").replaceChildren(...(kept.get(box) || []).map(each => el("p", {}, "sending: ",
+        each.text)));
+      try {
+        await call("POST", base + "/messages", {body: {text: first.text}, headers: {
+          ...identity, "Idempotency-Key": first.key}});
+        say("");
+      } catch (trouble) {
+        if (trouble.passing) { await pause(Math.min(30, trouble.wait || 2 ** tries++)); continue; }
+        say(`Not sent: ${trouble.message}`, true);
+        if (!text.value) { text.value = first.text; kept.put(name, text.value); }
+      }
+      tries = 0;
+      kept.put(box, (kept.get(box) || []).filter(each => each.key !== first.key));
+    }
+    $("outbox").replaceChildren();
+    sending = false;
+  }
+  $("write").addEventListener("submit", event => {
+    event.preventDefault();
+    if (!text.value.trim()) return;
+    kept.put(box, [...(kept.get(box) || []), {key: newKey(), text: text.value}]);
+    text.value = "";
+    kept.put(name, "");
+    $("log").scrollTop = 0;
+    deliver();
+  });
+  deliver();
+
+  async function act(work) { try { await work(); } catch (trouble) { say(trouble.message, true); } }
+  const panel = (...children) => $("panel").replaceChildren(...children, el("button", {
+    type: "button", class: "quiet", click: () => $("panel").replaceChildren()}, "Close"));
+  $("invite").addEventListener("click", () => act(async () => {
+    const {code, url, expiresAt} = await call("PUT", "/v1/pair", {body: {sessionId: id}});
+    panel(el("p", {}, "Give this link to another person or agent. It lets one of them in, within "
+      + left(expiresAt) + "."), el("p", {class: "code"}, code), el("p", {}, el("a", {href: url},
+      url), " ", copier(() => url)), el("img", {src: `/p/${code}/qr.svg`, alt:
+      "QR code of the link", class: "qr"}));
+  }));
+  $("spectate").addEventListener("click", () => act(async () => {
+    const {url} = await call("PUT", base + "/watch", {headers: identity});
+    panel(el("p", {}, "Whoever has this link can read along, and nothing more: ",
+      el("a", {href: url, target: "_blank", rel: "noopener"}, "open it"), " ", copier(() => url)),
+      el("button", {type: "button", click: () => act(async () => {
+        const {withdrawn} = await call("DELETE", base + "/watch", {headers: identity});
+        say(`${withdrawn} link(s) withdrawn.`);
+      })}, "Withdraw all such links"));
+  }));
+  $("save").addEventListener("click", () => {
+    const lines = [...seen.values()].map(({agentId, createdAt, text, json}) =>
+      `## ${agentId}, ${createdAt}\n\n${(text || "").replace(/^/gm, "> ")}\n`
+      + (json === undefined ? "" : `> ${JSON.stringify(json)}\n`));
+    const url = URL.createObjectURL(new Blob([lines.join("\n")], {type: "text/markdown"}));
+    el("a", {href: url, download: "conversation.md"}).click();
+    setTimeout(() => URL.revokeObjectURL(url), 10000);
+  });
+  $("leave").addEventListener("click", () => panel(el("p", {}, "Leave? You cannot come back"
+    + " without a new link."), el("button", {type: "button", click: () => act(async () => {
+    await call("DELETE", `${base}/agents/${agent}`, {headers: identity});
+    const all = kept.get("sessions") || {};
+    delete all[id];
+    kept.put("sessions", all); tab.drop("current");
+    reader.end("You have left.");
+    $("panel").replaceChildren();
+  })}, "Leave")));
+}
+
+function remember(session) {
+  kept.put("sessions", {...kept.get("sessions"), [session.id]: session});
+  talk(session);
+}
+
+function startTalk() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  history.replaceState(null, "", "/talk");
+  if (given.get("session")) return remember({id: given.get("session"), agent: given.get("agent"),
+                                             key: given.get("key")});
+  const all = kept.get("sessions") || {}, current = all[tab.get("current")];
+  if (current) return talk(current);
+  $("none").hidden = false;
+  $("known").replaceChildren(...Object.values(all).map(session => el("li", {}, el("button", {
+    type: "button", click: () => { $("none").hidden = true; talk(session); }},
+    "Go on as " + session.agent))));
+}
+
+function startJoin() {
+  const code = document.body.dataset.code, ends = $("codeEnds");
+  const draw = () => ends.textContent = new Date(ends.dateTime) > Date.now()
+    ? left(ends.dateTime) + " left" : "over";
+  setInterval(draw, 1000); draw();
+  $("copyText").append(copier(() => $("agentText").textContent));
+  $("joinForm").addEventListener("submit", async event => {
+    event.preventDefault();
+    const agent = $("name").value.trim();
+    try {
+      const claimed = await call("POST", `/v1/pair/${code}/claim`,
+                                 {headers: {"X-Agent-Id": agent}});
+      remember({id: claimed.sessionId, agent, key: claimed.sessionKey});
+    } catch (trouble) {
+      $("joinNotice").textContent = trouble.message;
+    }
+  });
+}
+
+// Spectators.
+
+function startSpectate() {
+  const token = location.hash.slice(1) || tab.get("watch");
+  history.replaceState(null, "", "/w");
+  if (!token) return tell("ended", "This page needs its whole link, with what follows the #.");
+  tab.put("watch", token);
+  watchScroll();
+  new Reader("watch " + token, (after, wait, signal) => call("GET", "/v1/watch?limit=1000"
+    + (after === null ? "" : "&after=" + after) + (wait ? "&wait=" + wait : ""), {
+      headers: {"X-Watch-Token": token}, signal, wait}), answer => {
+    append(answer.messages.map(message => bubble(message, false)));
+    if (!document.hasFocus()) count(answer.messages.length);
+    showMembers(answer.members);
+    showEnd(answer.expiresAt);
+  }, tell).run();
+}
+
+// The overview of who holds the server's token.
+
+function startOverview() {
+  const past = {};
+  let token = tab.get("token") || "", reader = null, channel = null;
+  const guarded = (method, path, more = {}) => call(method, path, {...more, headers: {
+    ...more.headers, ...(token ? {Authorization: "Bearer " + token} : {})}});
+  const inbox = name => "/api/messages/inbox/" + encodeURIComponent(name);
+
+  function curve(name, value) {
+    const values = past[name] = [...(past[name] || []), value].slice(-60);
+    const most = Math.max(1, ...values), svg = "http://www.w3.org/2000/svg";
+    const picture = document.createElementNS(svg, "svg"), line = document.createElementNS(svg,
+      "polyline");
+    picture.setAttribute("viewBox", "0 0 60 20"); picture.setAttribute("aria-hidden", "true");
+    line.setAttribute("points", values.map((each, at) => `${60 - values.length + at},${
+      19 - 18 * each / most}`).join(" "));
+    picture.append(line);
+    return el("div", {class: "figure"}, el("b", {}, String(value)), el("span", {}, name), picture);
+  }
+
+  async function refresh() {
+    const stats = await guarded("GET", "/v1/stats");
+    const {channels} = await guarded("GET", "/api/channels?limit=200");
+    $("figures").replaceChildren(...[["sessions", stats.activeSessions], ["agents",
+      stats.totalAgents], ["pending", stats.pendingMessages], ["leased", stats.leasedMessages],
+      ["dead", stats.deadMessages], ["waiting", stats.waiters], ["commits", stats.commits]].map(
+      pair => curve(...pair)));
+    $("channels").replaceChildren(...channels.map(row => el("tr", {}, el("td", {}, el("button", {
+      type: "button", class: "quiet", click: () => open(row.channel)}, row.channel)),
+      ...["pending", "leased", "dead"].map(name => el("td", {}, String(row[name]))), el("td", {},
+      row.oldestPendingAt ? clock(row.oldestPendingAt) : ""))));
+    $("empty").hidden = channels.length > 0;
+  }
+
+  const act = work => work().then(() => say(""), trouble => say(trouble.message, true));
+
+  function row(message, dead) {
+    const answer = el("input", {"aria-label": "reply", placeholder: "reply"});
+    const node = el("article", {class: "message"}, el("header", {}, el("strong", {class: "name h"
+      + Math.floor(hue(message.sender) / 45)}, message.sender), el("span", {}, "#" + message.id),
+      el("time", {}, clock(message.createdAt))), el("p", {}, ...marked(message.content)),
+      Object.keys(message.metadata).length ? el("pre", {}, JSON.stringify(message.metadata)) : null,
+      el("form", {class: "row", submit: event => {
+        event.preventDefault();
+        act(async () => { await guarded("POST", `/api/messages/${message.id}/reply`, {body: {
+          content: answer.value, sender: "watch"}, headers: {"Idempotency-Key": newKey()}});
+        node.remove(); });
+      }}, answer, el("button", {}, "Reply"), el("button", {type: "button", click: () => act(
+        async () => { await guarded("POST", `/api/messages/${message.id}/ack`, {body: {}});
+                      node.remove(); })}, "Acknowledge"),
+      dead ? el("button", {type: "button", click: () => act(async () => {
+        await guarded("POST", `/api/messages/${message.id}/revive`, {body: {}}); node.remove();
+      })}, "Offer again") : null));
+    return node;
+  }
+
+  async function open(name) {
+    reader?.end("");
+    channel = name;
+    $("channel").hidden = false;
+    $("channelName").textContent = name;
+    $("lines").replaceChildren();
+    act(async () => $("dead").replaceChildren(...(await guarded("GET", inbox(name) + "/dead"))
+      .messages.map(message => row(message, true))));
+    reader = new Reader("channel " + name, async (after, wait, signal) => {
+      const found = await guarded("GET", `${inbox(name)}?limit=200&afterId=${after || 0}`
+        + (wait ? "&wait=" + wait : ""), {signal, wait});
+      const last = found.messages[found.messages.length - 1];
+      return {...found, nextCursor: last ? String(last.id) : after || "0"};
+    }, answer => append(answer.messages.map(message => row(message))), tell);
+    reader.run();
+  }
+
+  $("send").addEventListener("submit", event => {
+    event.preventDefault();
+    act(async () => {
+      await guarded("POST", "/api/messages", {body: {channel, content: $("content").value,
+        sender: "watch"}, headers: {"Idempotency-Key": newKey()}});
+      $("content").value = "";
+    });
+  });
+  $("newChannel").addEventListener("submit", event => {
+    event.preventDefault();
+    if ($("newName").value) open($("newName").value);
+  });
+
+  async function run() {
+    for (;;) {
+      await shown();
+      try {
+        await refresh();
+        $("ask").hidden = true; $("overview").hidden = false;
+        tab.put("token", token);
+        if (!reader) tell("connected");
+      } catch (trouble) {
+        if (trouble.status === 401) {
+          $("ask").hidden = false; $("overview").hidden = true;
+          if (token) $("askNotice").textContent = "This is not a token of this server.";
+          return;
+        }
+        tell("trying", "trying again in 2 s");
+      }
+      await pause(2);
+    }
+  }
+  $("ask").addEventListener("submit", event => {
+    event.preventDefault();
+    token = $("token").value.trim();
+    run();
+  });
+  watchScroll();
+  run();
+}
+
+({join: startJoin, talk: startTalk, spectate: startSpectate, overview: startOverview})[page]();
+"""
+
+
+# QR codes (ISO/IEC 18004), as far as a link needs them: bytes, level M, versions 1 to 10. For each
+# version: bytes in all, check bytes in a block, blocks.
+_QR_VERSIONS = ((26, 10, 1), (44, 16, 1), (70, 26, 1), (100, 18, 2), (134, 24, 2), (172, 16, 4),
+                (196, 18, 4), (242, 22, 4), (292, 22, 5), (346, 26, 5))
+_QR_MASKS = (lambda x, y: (x + y) % 2, lambda x, y: y % 2, lambda x, y: x % 3,
+             lambda x, y: (x + y) % 3, lambda x, y: (x // 3 + y // 2) % 2,
+             lambda x, y: x * y % 2 + x * y % 3, lambda x, y: (x * y % 2 + x * y % 3) % 2,
+             lambda x, y: ((x + y) % 2 + x * y % 3) % 2)
+
+
+def _times(a, b):
+    """The product in GF(256) over x^8 + x^4 + x^3 + x^2 + 1."""
+    product = 0
+    while b:
+        product ^= a * (b & 1)
+        a = a << 1 ^ (a >> 7) * 0x11D
+        b >>= 1
+    return product
+
+
+def _check_bytes(data, count):
+    """The Reed-Solomon remainder of data: `count` bytes."""
+    factor, root = [1], 1
+    for _ in range(count):          # times (x - root), for each power of 2
+        factor = [a ^ _times(b, root) for a, b in zip(factor + [0], [0] + factor)]
+        root = _times(root, 2)
+    rest = list(data) + [0] * count
+    for at in range(len(data)):
+        lead = rest[at]
+        for offset, value in enumerate(factor):
+            rest[at + offset] ^= _times(value, lead)
+    return rest[len(data):]
+
+
+def _qr_bytes(data):
+    """(version, all bytes of the code in their order). Raises ValueError for too much data."""
+    for version, (total, check, blocks) in enumerate(_QR_VERSIONS, 1):
+        room, width = total - check * blocks, 8 if version < 10 else 16
+        if len(data) + (width + 11) // 8 <= room:
+            break
+    else:
+        raise ValueError("too long for a QR code")
+    bits = "0100" + format(len(data), "0%db" % width) + "".join("%s" % format(
+        byte, "08b") for byte in data) + "0000"
+    bits = bits[:room * 8].ljust(-(-len(bits[:room * 8]) // 8) * 8, "0")
+    words = [int(bits[at:at + 8], 2) for at in range(0, len(bits), 8)]
+    words += [(0xEC, 0x11)[each % 2] for each in range(room - len(words))]
+    parts, at = [], 0
+    for number in range(blocks):    # the last ones are one longer where it does not come out even
+        size = room // blocks + (number >= blocks - room % blocks)
+        parts.append(words[at:at + size])
+        at += size
+    columns = itertools.zip_longest(*parts)
+    checks = zip(*[_check_bytes(part, check) for part in parts])
+    return version, [byte for column in itertools.chain(columns, checks) for byte in column
+                     if byte is not None]
+
+
+def _remainder(value, factor, bits):
+    """value * 2^bits, followed by its remainder: the BCH codes of format and version."""
+    rest = value << bits
+    for at in range(rest.bit_length() - 1, bits - 1, -1):
+        if rest >> at & 1:
+            rest ^= factor << at - bits
+    return value << bits | rest
+
+
+def _qr_frame(version):
+    """{(x, y): dark} of all that is the same for each text, with room for the format kept free."""
+    size, fixed = 17 + 4 * version, {}
+
+    def square(x, y, radius, rings):
+        for dy, dx in itertools.product(range(-radius, radius + 1), repeat=2):
+            if 0 <= x + dx < size and 0 <= y + dy < size:
+                fixed[x + dx, y + dy] = max(abs(dx), abs(dy)) not in rings
+    for x, y in ((3, 3), (size - 4, 3), (3, size - 4)):
+        square(x, y, 4, (2, 4))
+    if version > 1:
+        step = size - 7 - 6 if version < 7 else (size - 13) // 2
+        places = [6] + list(range(size - 7, 6, -step))[::-1]
+        for x, y in itertools.product(places, repeat=2):
+            if (x, y) not in ((6, 6), (6, size - 7), (size - 7, 6)):
+                square(x, y, 2, (1,))
+    for at in range(8, size - 8):
+        for place in ((at, 6), (6, at)):
+            fixed.setdefault(place, at % 2 == 0)
+    for at in range(9):
+        for place in ((8, at), (at, 8), (size - 1 - at, 8), (8, size - 1 - at)):
+            if at < 8 or max(place) == 8:
+                fixed.setdefault(place, False)
+    fixed[8, size - 8] = True
+    if version > 6:
+        bits = _remainder(version, 0x1F25, 12)
+        for at in range(18):
+            dark, long, short = bool(bits >> at & 1), size - 11 + at % 3, at // 3
+            fixed[long, short] = fixed[short, long] = dark
+    return size, fixed
+
+
+def _qr_penalty(rows):
+    """How hard a picture is to read: long runs, blocks, what looks like a corner, too much ink."""
+    lines, total = rows + ["".join(column) for column in zip(*rows)], 0
+    for line in lines:
+        total += sum(len(run) - 2 for run in re.findall("0{5,}|1{5,}", line))
+        total += 40 * len(re.findall("(?=00001011101|10111010000)", line))
+    for above, below in zip(rows, rows[1:]):
+        total += 3 * sum(above[at:at + 2] == below[at:at + 2] in ("00", "11")
+                         for at in range(len(above) - 1))
+    ink = "".join(rows)
+    return total + 10 * int(abs(ink.count("1") / len(ink) - .5) * 20)
+
+
+def qr_rows(text):
+    """A QR code as a list of strings of 0 and 1. Raises ValueError for more than 213 bytes."""
+    version, words = _qr_bytes(text.encode("utf-8"))
+    size, fixed = _qr_frame(version)
+    bits = iter("".join(format(word, "08b") for word in words))
+    free, up = {}, True
+    for right in (x for x in range(size - 1, 0, -2)):
+        right -= right <= 6             # the column of the timing pattern is passed over
+        for y in range(size - 1, -1, -1) if up else range(size):
+            for x in (right, right - 1):
+                if (x, y) not in fixed:
+                    free[x, y] = next(bits, "0") == "1"
+        up = not up
+    pictures = []
+    for number, mask in enumerate(_QR_MASKS):
+        cells = dict(fixed)
+        cells.update((place, dark ^ (not mask(*place))) for place, dark in free.items())
+        code = _remainder(number, 0x537, 10) ^ 0x5412       # level M is 00
+        for at in range(15):
+            dark = bool(code >> at & 1)
+            cells[8, at + (at > 5) if at < 8 else size - 15 + at] = dark
+            cells[size - 1 - at if at < 8 else 14 - at + (at < 9), 8] = dark
+        cells[8, size - 8] = True
+        pictures.append(["".join("01"[cells[x, y]] for x in range(size)) for y in range(size)])
+    return min(pictures, key=_qr_penalty)
+
+
+def qr_svg(text):
+    """A QR code as a picture, with the quiet zone of 4 that readers want."""
+    rows = qr_rows(text)
+    path = "".join("M%d %dh1v1h-1z" % (x + 4, y + 4) for y, row in enumerate(rows)
+                   for x, cell in enumerate(row) if cell == "1")
+    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {0}" role="img"'
+            ' shape-rendering="crispEdges"><title>QR code of the link</title><path fill="#fff"'
+            ' d="M0 0h{0}v{0}H0z"/><path d="{1}"/></svg>').format(len(rows) + 8, path)
+
+
+def qr_text(text):
+    """A QR code for a terminal with light letters on dark ground, two rows in each line."""
+    rows = ["0" * (len(row) + 8) for row in qr_rows(text)[:1]] * 4
+    rows += ["0000%s0000" % row for row in qr_rows(text)] + rows
+    rows += rows[:1] * (len(rows) % 2)
+    return ["".join(" \u2580\u2584\u2588"[(upper == "0") + 2 * (lower == "0")]
+                    for upper, lower in zip(*pair)) for pair in zip(rows[::2], rows[1::2])]
+
+
+
+TALK_PAGE = """<main id=talk hidden><div class=bar><h1>Conversation</h1>
+<span id=state role=status data-state=waiting>waiting</span><span id=ends></span></div>
+<div class=bar><ul id=members aria-label="Who is in it"></ul>
+<button type=button id=invite class=quiet>Invite</button>
+<button type=button id=spectate class=quiet>Spectators</button>
+<button type=button id=save class=quiet>Save</button>
+<button type=button id=leave class=quiet>Leave</button></div>
+<div id=panel></div>
+<div id=log role=log aria-live=polite aria-label=Messages tabindex=0>
+<div id=lines></div></div>
+<button type=button id=below class=quiet hidden></button>
+<div id=outbox></div><p id=notice role=status></p>
+<form id=write class=row><textarea id=text rows=2 aria-label="Your message" enterkeyhint=send
+placeholder="Write"></textarea><button>Send</button></form>
+<p class=note>You are <strong id=who></strong>. Enter sends, Shift and Enter break the line.</p>
+</main>
+"""
+
+NONE_PAGE = """<main id=none hidden><h1>No conversation in this tab</h1>
+<p>Open a pairing link, or run <code>nexus.py open SESSION</code> where you have joined one.</p>
+<ul id=known></ul></main>
+"""
+
+JOIN_PAGE = """<main id=join><h1>You are invited to a conversation</h1>
+<p>{who} This link lets one of you in: <time id=codeEnds datetime="{ends}">until {ends}</time>.</p>
+<h2>Join as a person</h2>
+<form id=joinForm><label for=name>Your name there: letters, digits, - and _</label>
+<div class=row><input id=name required maxlength=128 pattern="[A-Za-z0-9_\\-]+"
+autocomplete=nickname><button>Join</button></div></form>
+<p id=joinNotice class=bad role=alert></p>
+<h2>Give it to an agent</h2>
+<p>Send it this page's address: it needs nothing else. Or the text that it would get:
+<span id=copyText></span></p>
+<img class=qr src="/p/{code}/qr.svg" alt="QR code of this link" width=220 height=220>
+<details><summary>The text</summary><pre id=agentText>{text}</pre></details></main>
+""" + TALK_PAGE.replace("{", "{{").replace("}", "}}")
+
+SPECTATOR_PAGE = """<main><div class=bar><h1>A conversation</h1>
+<span id=state role=status data-state=waiting>waiting</span><span id=ends></span></div>
+<div class=bar><ul id=members aria-label="Who is in it"></ul></div>
+<div id=log role=log aria-live=polite aria-label=Messages tabindex=0>
+<div id=lines></div></div>
+<button type=button id=below class=quiet hidden></button></main>
+"""
+
+OVERVIEW_PAGE = """<main><div class=bar><h1>Channels</h1>
+<span id=state role=status data-state=waiting>waiting</span></div>
+<form id=ask hidden><label for=token>This server's token; it stays in this tab</label>
+<div class=row><input id=token type=password autocomplete=off><button>Look</button></div>
+<p id=askNotice class=bad role=alert></p></form>
+<section id=overview hidden><div id=figures class=figures></div>
+<table><thead><tr><th>channel<th>pending<th>leased<th>dead<th>oldest</tr></thead>
+<tbody id=channels></tbody></table><p id=empty>Nobody has sent anything yet.</p>
+<form id=newChannel class=row><input id=newName aria-label="Channel" placeholder="another channel">
+<button class=quiet>Open</button></form>
+<p id=notice role=status></p>
+<div id=channel hidden><h2 id=channelName></h2><div id=dead></div>
+<div id=log role=log aria-live=polite aria-label=Messages tabindex=0>
+<div id=lines></div></div>
+<button type=button id=below class=quiet hidden></button>
+<form id=send class=row><textarea id=content rows=1 required aria-label="Message"></textarea>
+<button>Send</button></form></div></section></main>
+"""
 
 
 @operation("GET", "/", "text/markdown")
 def home_page(call):
     """How to use this server"""
-    return page(call, HOME_PAGE, "nexus-session.json", "host-agent")
+    text = instructions(call, HOME_PAGE, "nexus-session.json", "host-agent")
+    return html_reply(html_page(text)) if reads_html(call.headers) else markdown_reply(text)
+
+
+def code_text(call, code):
+    """(what the holder of a pairing code needs to know, the code's end, who is in the session)."""
+    ttl, ends, agents = call.app.store.sessions.code_facts(code, call.caller)
+    code = read_code(code)
+    return instructions(call, CODE_PAGE, "nexus-%s.json" % code, "guest-" + code[-5:].lower(),
+                        code=code, ttl=ttl, ends=iso(ends)), iso(ends), agents
 
 
 @operation("GET", "/v1/pair/{code}/skill", "text/markdown")
 def code_page(call, code: CODE):
     """What the holder of a pairing code needs to know"""
-    ttl, ends = call.app.store.sessions.code_facts(code, call.caller)
-    code = read_code(code)
-    return page(call, CODE_PAGE, "nexus-%s.json" % code, "guest-" + code[-5:].lower(), code=code,
-                ttl=ttl, ends=iso(ends))
+    text, _, _ = code_text(call, code)
+    return html_reply(html_page(text)) if reads_html(call.headers) else markdown_reply(text)
 
 
 @operation("GET", "/p/{code}", "text/markdown")
 def short_code_page(call, code: CODE):
-    """The same, under a link short enough to read out"""
-    return code_page(call, code)
+    """The same under a short link; a browser gets a page on which a person can join"""
+    text, ends, agents = code_text(call, code)
+    if not reads_html(call.headers):
+        return markdown_reply(text)
+    who = "%s %s in it." % (", ".join(agents[:5]) or "Nobody", "are" if agents[1:] else "is")
+    code = read_code(code)
+    return html_reply(app_document("join", "You are invited", JOIN_PAGE.format(
+        who=escape(who), ends=ends, text=escape(text), code=code), code))
+
+
+@operation("GET", "/p/{code}/qr.svg", "image/svg+xml")
+def code_picture(call, code: CODE):
+    """A pairing link as a QR code"""
+    call.app.store.sessions.code_facts(code, call.caller)
+    try:
+        picture = qr_svg("%s/p/%s" % (call.app.base_url(call), read_code(code)))
+    except ValueError:
+        raise NexusError("not_found", "The link is too long for a QR code (--base-url).") from None
+    return Reply(picture, content_type="image/svg+xml")
+
+
+@operation("GET", "/talk", "text/html")
+def talk_page(call):
+    """A conversation, for a person; who and where is told by the page's storage"""
+    return html_reply(app_document("talk", "Conversation", NONE_PAGE + TALK_PAGE))
+
+
+@operation("GET", "/w", "text/html")
+def spectator_page(call):
+    """A conversation, for spectators; which one says what follows the # of the link"""
+    return html_reply(app_document("spectate", "A conversation", SPECTATOR_PAGE))
+
+
+@operation("GET", "/watch", "text/html")
+def overview_page(call):
+    """Channels and figures, for who holds the server's token"""
+    return html_reply(app_document("overview", "Channels", OVERVIEW_PAGE))
 
 
 # ----------------------------------------------------------------------------------------
-# 13. HTTP server
+# 14. HTTP server
 #
 # Bytes in, bytes out. The listening is http.server's; reading a request is ours, because the hot
 # path wants one read and one write, and because it is stricter: what two parsers could read in
@@ -4918,6 +5940,12 @@ def refuse(call, trouble):
         trouble = NexusError("internal_error")
     with call.app.lock:
         call.app.refused[trouble.code] += 1
+    if call.method == "GET" and reads_html(call.headers):       # a person: in words, on a page
+        page = html_reply(html_document("nexus", "<h1>%s</h1><p>%s</p><p><a href='/'>How to use"
+                                        " this server</a></p>" % (http_server.HTTPStatus(
+                                            trouble.status).phrase, escape(trouble.message))))
+        return trouble.status, page.content_type, list(page.headers) + list(trouble.headers), \
+            page.body.encode("utf-8")
     body = trouble.body(call.path.startswith("/api/"))
     return trouble.status, "application/json", trouble.headers, to_json(body).encode("utf-8")
 
@@ -5609,7 +6637,7 @@ def serve(settings):
 
 
 # ----------------------------------------------------------------------------------------
-# 14. Client
+# 15. Client
 #
 # One short method for each operation. A request is tried again when that is harmless: when the
 # server was not reached, when it said not now, and after any failure when the request may be
@@ -6317,6 +7345,18 @@ class Client:
             if answer["messages"]:
                 yield answer
 
+    def watch(self, session_id, agent_id, session_key):
+        """A link with which anybody may read along: {"url", "expiresAt"}."""
+        return self._do(watch_session, vars())
+
+    def unwatch(self, session_id, agent_id, session_key):
+        """Withdraw all such links of a session: {"withdrawn"}."""
+        return self._do(unwatch_session, vars())
+
+    def read_along(self, watch_token, after=None, limit=None, wait=None):
+        """What poll() tells, and when the session ends, to who has the token of such a link."""
+        return self._do(read_along, vars())
+
     def pair(self, session_id):
         """A pairing code and its link."""
         return self._do(create_code, vars())
@@ -6351,7 +7391,7 @@ def argument_name(header):
 
 
 # ----------------------------------------------------------------------------------------
-# 15. Local state
+# 16. Local state
 #
 # So that an agent need not remember: its id, key, cursor and server for each session, one value
 # and a newline in a file each, byte for byte as nexus.sh keeps them, so that the two can take
@@ -6625,7 +7665,7 @@ class State:
 
 
 # ----------------------------------------------------------------------------------------
-# 16. MCP
+# 17. MCP
 #
 # The operations as tools for language models. One dispatcher answers both generations of the
 # protocol (with a handshake up to 2025-11-25, without one from 2026-07-28), over stdin and stdout
@@ -6946,7 +7986,7 @@ class StdioMcp:
 
 
 # ----------------------------------------------------------------------------------------
-# 17. Terminal
+# 18. Terminal
 #
 # What a person at a terminal sees, and what all verbs share: lines in which others can forge
 # nothing, tables, local times, the wire (--trace), which server is meant, and a command run for
@@ -6997,7 +8037,7 @@ def painted(stream, style, text):
     """Text in another style (1 bold, 2 dim, 31 red, 32 green, 36 cyan), if a terminal shows it."""
     plain = os.environ.get("NO_COLOR") or not stream.isatty() or (
         os.name == "nt" and "WT_SESSION" not in os.environ)     # older consoles print the codes
-    return text if plain else "\x1b[%dm%s\x1b[0m" % (style, text)
+    return text if plain else "\x1b[%sm%s\x1b[0m" % (style, text)
 
 
 def display_width(text):
@@ -7284,7 +8324,7 @@ class Commands:
 
 
 # ----------------------------------------------------------------------------------------
-# 18. Verbs of sessions
+# 19. Verbs of sessions
 #
 # One function for each verb; what it does is its docstring. stdout carries JSON, one document,
 # while polling goes on a line for each batch. Who is asked, as whom, from which cursor on: that is
@@ -7357,6 +8397,38 @@ def verb_pair(args):
     say(answer)
     adopt(client, session_id)
     tip("Give this to the other agent's human: %s" % answer["url"])
+    if args.qr:
+        put(sys.stderr, *[painted(sys.stderr, "97;40", line) for line in qr_text(answer["url"])])
+
+
+def with_key(args):
+    """(session id, agent id, key) of a session in which we are. Raises missing_session_key."""
+    session_id = session_of(args)
+    agent_id = agent_of(args, session_id)
+    key = key_of(session_id, agent_id)
+    if not key:
+        raise NexusError("missing_session_key", "This machine has no key for this session.")
+    return session_id, agent_id, key
+
+
+def verb_open(args):
+    """Open a conversation in the browser, as who you are there; in a pipe, print its link only"""
+    session_id, agent_id, key = with_key(args)
+    url = "%s/talk#%s" % (State().server(args.url, session_id)[0], urllib_parse.urlencode(
+        {"session": session_id, "agent": agent_id, "key": key}))
+    if not sys.stdout.isatty() or not webbrowser.open(url):
+        say({"url": url})
+    tip("The link holds your key: it is for your own browser alone.")
+
+
+def verb_watch_link(args):
+    """Make a link with which anybody may read along, and nothing else; --stop withdraws all"""
+    who = with_key(args)
+    client = connect(args, who[0])
+    answer = client.unwatch(*who) if args.stop else client.watch(*who)
+    say(answer)
+    if not args.stop:
+        tip("Whoever has this link reads along: %s" % answer["url"])
 
 
 def invitation(text):
@@ -7922,7 +8994,7 @@ def verb_doctor(args):
 
 
 # ----------------------------------------------------------------------------------------
-# 19. Verbs of channels
+# 20. Verbs of channels
 #
 # On stdout the text that `tx` of the seed prints; with --json its JSON. Lines of stdin become
 # messages, many in a request; a worker runs a command for each message that it leases.
@@ -8511,7 +9583,7 @@ def tx_work(messages, args):
 
 
 # ----------------------------------------------------------------------------------------
-# 20. Verbs of the server
+# 21. Verbs of the server
 #
 # Run one, speak MCP, install a launcher, back a database up and put it back: whole or not at all.
 # ----------------------------------------------------------------------------------------
@@ -8790,7 +9862,7 @@ def verb_restore(args):
 
 
 # ----------------------------------------------------------------------------------------
-# 21. Lessons
+# 22. Lessons
 #
 # To teach and to try: a server and two agents on a stage, ten lessons on it, and the demo. What a
 # lesson shows is checked each time, so the self-test is all of them without anybody watching.
@@ -9276,14 +10348,14 @@ def verb_demo(args):
         if args.serve:
             link = step("Ada", "makes another code, for you.", "pair", "review")["url"]
             stage.tell("The server stays until Ctrl-C. To open in a browser:")
-            stage.show("  " + stage.url, "  " + link)
+            stage.show("  " + stage.url + "/watch", "  " + link)
             return until_stopped(stage.process.wait)
         step("Bob", "leaves. The session ends by itself.", "leave", session)
     stage.tell("The server is stopped and nothing is left behind. Your turn: nexus.py serve")
 
 
 # ----------------------------------------------------------------------------------------
-# 22. Command line
+# 23. Command line
 #
 # The table of verbs, and how words become a call. Here alone an error becomes an exit code: 1 when
 # the server or the operation said no, 2 when the command line made no sense.
@@ -9338,6 +10410,8 @@ FLAGS = {       # kind: bool is a switch, None one that takes =0 and =1, others 
     "--limit": Flag(int, "how many at the most"),
     "--prefix": Flag(str, "only names that begin like this"),
     "--include-acked": Flag(bool, "acknowledged messages too"),
+    "--qr": Flag(bool, "show the link as a QR code, too"),
+    "--stop": Flag(bool, "withdraw all such links of the session"),
     "--to": Flag(str, "name of the site where it is carried (its serve --site)"),
     "--key-file": Flag(str, "file of the key that seals it, from keygen; both sites have it"),
     "--again": Flag(int, "number of a parcel that is to be written once more"),
@@ -9373,7 +10447,9 @@ VERBS = {
     "status": Verb(verb_status, "SESSION", "", "status review"),
     "join": Verb(verb_join, "SESSION", "--agent-id --alias", "join SESSION --agent-id bob"),
     "leave": Verb(verb_leave, "SESSION", "--agent-id", "leave review"),
-    "pair": Verb(verb_pair, "SESSION", "", "pair review"),
+    "pair": Verb(verb_pair, "SESSION", "--qr", "pair review --qr"),
+    "open": Verb(verb_open, "SESSION", "--agent-id", "open review"),
+    "watch-link": Verb(verb_watch_link, "SESSION", "--agent-id --stop", "watch-link review"),
     "claim": Verb(verb_claim, "CODE", "--agent-id --alias",
                   "claim PEARL-FOCAL-S5SJV --agent-id bob --alias review"),
     "pair-status": Verb(verb_pair_status, "CODE", "", "pair-status PEARL-FOCAL-S5SJV"),

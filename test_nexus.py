@@ -1375,6 +1375,61 @@ class PairingTest(Door1Case):
 # which nothing foreign can act.
 # ----------------------------------------------------------------------------------------
 
+class SpectatorTest(Door1Case):
+    """Who has the link reads along, and has no place, no name and no voice."""
+
+    def test_a_link_reads_until_it_is_withdrawn_or_the_session_ends(self):
+        sid, keys = self.s.session(("ada", "bob"), greeting="Hi", ttl=60)
+        path = "/v1/sessions/%s/watch" % sid
+
+        def read(url, query=""):
+            return self.s.call("GET", "/v1/watch" + query, headers={
+                "X-Watch-Token": url.partition("#")[2]})
+        for agent, key, status, error in (
+                ("ada", None, 401, "missing_session_key"), ("ada", keys["bob"], 403,
+                 "invalid_session_key"), ("eve", keys["ada"], 403, "forbidden")):
+            for method in ("PUT", "DELETE"):
+                self.expect(self.s.call(method, path, agent=agent, key=key), status, error)
+        made = [self.expect(self.s.call("PUT", path, agent="bob", key=keys["bob"]), 201)
+                for _ in "12"]
+        self.assertRegex(made[0]["url"], r"^%s/w#[\w-]{22}$" % self.s.url)
+        self.s.send(sid, "ada", "hello", keys["ada"])
+        before = self.s.call("GET", "/v1/sessions/" + sid).json
+        self.s.clock.advance(5)
+        for each in made:
+            found = self.expect(read(each["url"]), 200)
+            self.assertEqual(sorted(found), ["expiresAt", "members", "messages", "more",
+                                             "nextCursor"])
+            self.assertEqual([row["text"] for row in found["messages"]], ["Hi", "hello"])
+            self.assertNotIn(sid, json.dumps(found))
+        self.assertEqual(self.s.call("GET", "/v1/sessions/" + sid).json, before)    # none was here
+        waiting = Started(read, made[0]["url"], "?after=1&wait=30")
+        until(lambda: self.s.store.waiters.parked)
+        self.s.send(sid, "ada", "again", keys["ada"])
+        self.assertEqual(waiting.result().json["messages"][0]["text"], "again")
+        stored = self.s.store.db.read("SELECT token_hash FROM watches")
+        self.assertIn((nexus.digest(made[0]["url"].partition("#")[2]),), stored)
+        waiting = Started(read, made[1]["url"], "?after=2&wait=30")
+        until(lambda: self.s.store.waiters.parked)
+        self.assertEqual(self.s.call("DELETE", path, agent="ada", key=keys["ada"]).json,
+                         {"ok": True, "withdrawn": 2})
+        self.expect(waiting.result(), 404, "watch_not_found")
+        self.expect(read(made[0]["url"]), 404, "watch_not_found")
+        self.expect(self.s.call("GET", "/v1/watch"), 400, "invalid_request")
+        last = self.s.call("PUT", path, agent="ada", key=keys["ada"]).json["url"]
+        self.s.clock.advance(61)
+        self.expect(read(last), 404, "watch_not_found")
+        self.s.sweep()
+        self.assertEqual(self.s.store.db.read("SELECT * FROM watches"), [])
+
+    def test_there_are_so_many_links_and_no_more(self):
+        sid, keys = self.s.session()
+        with patched(nexus, "MAX_WATCHES", 2):
+            found = [self.s.call("PUT", "/v1/sessions/%s/watch" % sid, agent="ada",
+                                 key=keys["ada"]).status for _ in range(3)]
+        self.assertEqual(found, [201, 201, 429])
+
+
 class PageTest(Case):
 
     def setUp(self):
@@ -1455,8 +1510,26 @@ class PageTest(Case):
                        "Never send secrets", "code_expired_or_used", "session_full", self.s.url):
             self.assertIn(needed, plain.text)
 
+    def test_a_page_runs_its_own_script_alone_and_its_policy_says_so(self):
+        total = 0
+        for path in ("/p/" + self.code, "/talk", "/w", "/watch"):
+            answer = self.page(path, "text/html")
+            policy = answer.headers["content-security-policy"]
+            for kind in ("script", "style"):
+                text, = re.findall("<%s>(.*?)</%s>" % (kind, kind), answer.text, re.S)
+                found = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                self.assertIn("%s-src 'sha256-%s'" % (kind, found), policy)
+            self.assertIn("connect-src 'self'", policy)
+            self.assertNotRegex(policy, "unsafe|[*]|http")
+            shown = re.sub(r"<(script|style)>.*?</\1>", "", answer.text, flags=re.S)
+            self.assertNotRegex(shown, r"(?i)\son\w+=|javascript:|\sstyle=|src=(?![\"']?/p/)")
+            total += len(shown)
+        self.assertLess(total + len(nexus.APP_SCRIPT) + len(nexus.PAGE_STYLE), 60 * 1024)
+        for name in ("localStorage", "innerHTML", "eval(", "insertAdjacentHTML", "document.write"):
+            self.assertEqual(name in nexus.APP_SCRIPT, name == "localStorage")
+
     def test_html_runs_no_script_and_its_policy_says_so(self):
-        answer = self.page("/p/" + self.code, "text/html")
+        answer = self.page("/v1/pair/%s/skill" % self.code, "text/html")
         policy = answer.headers["content-security-policy"]
         style = re.search("<style>(.*?)</style>", answer.text, re.S).group(1).encode()
         style = "sha256-" + base64.b64encode(hashlib.sha256(style).digest()).decode()
@@ -1477,8 +1550,10 @@ class PageTest(Case):
         for path in ("/p/", "/"):
             answer = self.s.call("GET", path + nexus.percent(evil), headers=html)
             self.assertEqual((answer.status, answer.headers["content-type"]),
-                             (404, "application/json"))
-            self.assertNotIn("<", answer.text)
+                             (404, "text/html; charset=utf-8"))      # a page that says so
+            self.assertNotRegex(answer.text, "<img|<script")
+            self.assertEqual(self.s.call("GET", path + nexus.percent(evil)).headers["content-type"],
+                             "application/json")
 
 
 # ----------------------------------------------------------------------------------------
@@ -5082,11 +5157,15 @@ class Descriptions(ServerCase):
         call("GET", base + "/messages?members=true", agent="bob")
         call("POST", base + "/renew", agent="bob")
         code = call("PUT", "/v1/pair", {"sessionId": made["sessionId"]})["code"]
-        for path in ("/v1/pair/%s/status", "/v1/pair/%s/skill", "/p/%s"):
+        for path in ("/v1/pair/%s/status", "/v1/pair/%s/skill", "/p/%s", "/p/%s/qr.svg"):
             call("GET", path % code)
+        url = call("PUT", base + "/watch", agent="ada", key=made["sessionKey"])["url"]
+        call("GET", "/v1/watch", headers={"X-Watch-Token": url.partition("#")[2]})
+        call("DELETE", base + "/watch", agent="ada", key=made["sessionKey"])
         key = call("POST", "/v1/pair/%s/claim" % code, agent="cy")["sessionKey"]
         call("DELETE", base + "/agents/cy", agent="cy", key=key)
-        for path in ("/", "/health", "/v1/stats", "/metrics", "/openapi.json"):
+        for path in ("/", "/health", "/v1/stats", "/metrics", "/openapi.json", "/talk", "/w",
+                     "/watch"):
             call("GET", path)
         sent = call("POST", "/api/messages", {"channel": "d", "content": TOKEN, "taskId": "t"})
         inbox, on = "/api/messages/inbox/d", "/api/messages/%d/" % sent["id"]
@@ -5133,7 +5212,8 @@ class Descriptions(ServerCase):
         client.messages.ack_many([1])
         self.missing({entry.name for entry in nexus.OPERATIONS if not entry.tool}
                      - Recorder.reached - {"metrics", "openapi", "home_page", "code_page",
-                                           "short_code_page", "mcp_endpoint"},
+                                           "short_code_page", "mcp_endpoint", "code_picture",
+                                           "talk_page", "spectator_page", "overview_page"},
                      "The operation %s can be called by nobody who writes Python: add a method to"
                      " nexus.Client (or Messages), or a tool= to its decorator.")
 
@@ -5161,7 +5241,8 @@ class Descriptions(ServerCase):
         verbs = {"create_session": "create", "get_session": "status", "join_session": "join",
                  "leave_session": "leave", "renew_session": "renew", "send_message": "send",
                  "poll_messages": "poll", "create_code": "pair", "claim_code": "claim",
-                 "code_status": "pair-status", "code_page": "skill"}
+                 "code_status": "pair-status", "code_page": "skill",
+                 "watch_session": "watch-link", "unwatch_session": "watch-link"}
         self.assertLessEqual(set(verbs.values()), set(nexus.VERBS))
         self.missing({entry.name for entry in nexus.OPERATIONS if re.match(
             "/v1/(sessions|pair)", entry.path or "")} - set(verbs),
@@ -7363,6 +7444,422 @@ def throw(trouble, *_):
 
 
 # ----------------------------------------------------------------------------------------
+# Pages
+#
+# A real browser (chromium with chromedriver, over plain WebDriver HTTP), where there is one: people
+# and agents in one conversation, strangers' messages, servers that go and come, and no complaint of
+# the browser about any of it. Everything is waited for; nothing is slept for.
+# ----------------------------------------------------------------------------------------
+
+
+BROWSER = os.environ.get("NEXUS_TEST_BROWSER") != "0" and shutil.which("chromedriver") \
+    and (shutil.which("chromium") or shutil.which("google-chrome"))
+
+
+class Browser:
+    """A real Chromium, driven over plain WebDriver HTTP: one session of a driver of its own."""
+
+    KEY = "element-6066-11e4-a52e-4f735466cecf"     # how WebDriver names an element
+
+    def __init__(self, case, dark=False, width=1280, height=800):
+        self._driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+        case.addCleanup(self._end)
+        line = b""
+        while b"successfully on port" not in line:
+            line = self._driver.stdout.readline()
+            case.assertTrue(line, "chromedriver did not start")
+        self._port, self._session = int(re.search(rb"port (\d+)", line)[1]), ""
+        self._profile = case.folder()
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                 "--window-size=%d,%d" % (width, height), "--user-data-dir=" + self._profile,
+                 "--disable-background-networking", "--no-first-run"]
+        flags += ["--blink-settings=preferredColorScheme=0"] * dark
+        found = self.ask("POST", "/session", {"capabilities": {"alwaysMatch": {
+            "goog:chromeOptions": {"args": flags}, "goog:loggingPrefs": {"browser": "ALL"}}}})
+        self._session = "/session/" + found["sessionId"]
+        self.ask("POST", "/window/rect", {"width": width, "height": height})
+
+    def _end(self):
+        with contextlib.suppress(OSError, AssertionError):
+            self.ask("DELETE", "")
+        self._driver.terminate()
+        self._driver.wait(20)
+        self._driver.stdout.close()
+
+    def ask(self, method, path, body=None):
+        """One call of the driver; returns its value."""
+        wire = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
+        with contextlib.closing(wire):
+            wire.request(method, self._session + path, None if body is None and method != "POST"
+                         else json.dumps(body or {}), {"Content-Type": "application/json"})
+            answer = wire.getresponse()
+            value = json.loads(answer.read().decode())["value"]
+        if answer.status >= 400:
+            raise AssertionError("%s %s: %s" % (method, path, value.get("message", value)[:300]))
+        return value
+
+    def open(self, url):
+        self.ask("POST", "/url", {"url": url})
+
+    def run(self, script, *args):
+        """What a script returns."""
+        return self.ask("POST", "/execute/sync", {"script": script, "args": list(args)})
+
+    def until(self, script, seconds=30):
+        """Wait until a script returns something true, and return that."""
+        found = []
+        try:
+            until(lambda: found.append(self.run("return " + script)) or found[-1], seconds)
+        except AssertionError:
+            raise AssertionError("never true: %s; the page: %s" % (script, self.run(
+                "return document.body.innerText").strip()[:600])) from None
+        return found[-1]
+
+    def find(self, selector):
+        return "/element/" + self.ask("POST", "/element", {
+            "using": "css selector", "value": selector})[self.KEY]
+
+    def type(self, selector, text):
+        """Keys into an element; \\n is Enter."""
+        self.ask("POST", self.find(selector) + "/value", {"text": text.replace("\n", "\ue007")})
+
+    def click(self, selector):
+        self.ask("POST", self.find(selector) + "/click")
+
+    def picture(self, path):
+        with open(path, "wb") as file:
+            file.write(base64.b64decode(self.ask("GET", "/screenshot")))
+
+    def complaints(self):
+        """What the browser's console says against the page, but for answers of 400 and more."""
+        return [row["message"] for row in self.ask("POST", "/se/log", {"type": "browser"})
+                if row["level"] == "SEVERE" and "Failed to load resource" not in row["message"]
+                and "ERR_CONNECTION" not in row["message"]]
+
+    def texts(self):
+        """The texts in the log, in order."""
+        return self.run("return [...document.querySelectorAll('#log .message > p')]"
+                        ".map(p => p.textContent)")
+
+
+
+EVIL = ["<img src=x onerror='window.hacked=1'>", "</script><script>window.hacked=1</script>",
+        "<a href=\"javascript:window.hacked=1\">x</a>", "\u202e gnp.exe",
+        "&lt;b&gt; ${window.hacked=1}",
+        "a\nb\n\n  c"]
+
+
+@unittest.skipUnless(BROWSER, "chromium and chromedriver are not both here, or were told to rest")
+class Pages(Case):
+    """The pages as people meet them."""
+
+    def setUp(self):
+        self.s, self.home = self.server(clock=nexus.Clock()), self.folder()
+        self.client = self.s.client()
+
+    def met(self, greeting="Welcome"):
+        """(session id, ada's key): ada is a command-line agent in a session of her own."""
+        made = self.client.create(creator_agent_id="ada", greeting=greeting)
+        nexus.State(self.home).remember(made["sessionId"], self.s.url, "ada", made["sessionKey"])
+        return made["sessionId"], made["sessionKey"]
+
+    def joined(self, browser, sid, name):
+        """A person joins from the link, and reads what there is."""
+        browser.open(self.client.pair(sid)["url"])
+        browser.type("#name", name + "\n")
+        browser.until("document.querySelector('#state').dataset.state == 'connected'")
+        browser.until("document.querySelectorAll('#log .message').length")
+
+    def send(self, sid, text, **values):
+        self.client.send(sid, "ada", text, session_key=nexus.State(self.home).get(sid, "key"),
+                         **values)
+
+    def test_people_and_an_agent_talk_reload_and_lose_nothing(self):
+        sid, key = self.met()
+        link = self.client.pair(sid)["url"]
+        one, two = Browser(self), Browser(self, width=390, height=844)
+        one.open(link)
+        self.assertIn("ada is in it", one.run("return document.body.innerText"))
+        one.until("/^(9 minutes|10 minutes) left$/.test(document.querySelector('#codeEnds')"
+                  ".textContent)")
+        self.assertEqual(self.client.pair_status(link)["state"], "pending")     # a look claims none
+        one.type("#name", "a b\n")
+        self.assertTrue(one.run("return !document.querySelector('#name').checkValidity()"))
+        one.run("document.querySelector('#name').value = ''")
+        one.type("#name", "ada\n")
+        one.until("document.querySelector('#joinNotice').textContent.includes('already')")
+        one.run("document.querySelector('#name').value = ''")
+        one.type("#name", "eve\n")
+        one.until("document.querySelectorAll('#log .message').length == 1")
+        self.assertEqual(one.run("return location.pathname + location.hash"), "/talk")
+        self.assertEqual(self.client.pair_status(link)["state"], "claimed")
+        opened = run_here(self.home, "open", sid).json["url"]       # ada's human takes over
+        two.open(opened)
+        two.until("document.querySelector('#who').textContent == 'ada'")
+        self.assertEqual(two.run("return location.href"), self.s.url + "/talk")
+        one.type("#text", "Hello from a phone\n")
+        two.until("document.querySelectorAll('#log .message').length == 2")
+        self.send(sid, "with password=" + "hunter2" + "xyz", json={"page": [1, 2]})
+        for browser in (one, two):
+            browser.until("document.querySelectorAll('#log .message').length == 3")
+            self.assertEqual(browser.texts(), ["Welcome", "Hello from a phone",
+                                               "with password=password removed"])
+        self.assertIn('"page"', one.run("return document.querySelector('#log details').innerText"))
+        self.assertEqual(two.run("return document.querySelectorAll('.mine').length"), 1)
+        found = self.client.poll(sid, "ada")["messages"]
+        self.assertEqual((found[1]["text"], found[1]["verified"]), ("Hello from a phone", True))
+        one.type("#text", "half a thou")
+        one.ask("POST", "/refresh")
+        one.until("document.querySelectorAll('#log .message').length == 3")
+        self.assertEqual(one.run("return document.querySelector('#text').value"), "half a thou")
+        one.type("#text", "ght\n")
+        two.until("document.querySelectorAll('#log .message').length == 4")
+        one.until("document.querySelectorAll('#log .message').length == 4")
+        self.assertEqual(one.texts()[3], "half a thought")
+        one.run("document.querySelector('.wire').open = true")
+        wire = one.run("return document.querySelector('#calls').textContent")
+        self.assertIn('curl -sS -X POST', wire)
+        self.assertIn("$NEXUS_KEY", wire)
+        for browser in (one, two):
+            self.assertEqual(browser.complaints(), [])
+            self.assertNotIn(key, browser.run("return document.documentElement.outerHTML"))
+        one.click("#leave")
+        one.click("#panel button")
+        one.until("document.querySelector('#state').textContent == 'You have left.'")
+        self.assertEqual(self.client.status(sid)["agents"], ["ada"])
+
+    def test_what_strangers_write_is_text(self):
+        sid, _ = self.met(EVIL[0])
+        browser = Browser(self)
+        self.joined(browser, sid, "eve")
+        for text in EVIL[1:]:
+            self.send(sid, text, json={text: [text]})
+        browser.until("document.querySelectorAll('#log .message').length == %d" % len(EVIL))
+        self.assertEqual(browser.texts(), EVIL)
+        self.assertIsNone(browser.run("return window.hacked"))
+        self.assertEqual(browser.run("return document.querySelectorAll('#log img, #log script,"
+                                     " #log a').length"), 0)
+        self.assertEqual(browser.complaints(), [])
+
+    def test_a_server_that_is_killed_and_comes_back_costs_no_message(self):
+        folder = self.folder()
+        process = self.process(folder=folder)
+        client = nexus.Client(process.url)
+        made = client.create(creator_agent_id="ada", greeting="Hi")
+        browser = Browser(self)
+        browser.open(client.pair(made["sessionId"])["url"])
+        browser.type("#name", "eve\n")
+        browser.until("document.querySelectorAll('#log .message').length == 1")
+        process.stop(signal.SIGKILL)
+        browser.type("#text", "said while it was away\n")
+        browser.until("document.querySelector('#state').textContent.startsWith('trying again in')")
+        browser.until("document.querySelector('#outbox').textContent.includes('said while')")
+        browser.ask("POST", "/url", {"url": "about:blank"})     # the page is closed meanwhile, too
+        process = Process(folder, "--port", str(process.port))
+        self.addCleanup(process.stop, signal.SIGKILL)
+        client = nexus.Client(process.url)
+        client.send(made["sessionId"], "ada", "back", session_key=made["sessionKey"])
+        browser.open(process.url + "/talk")
+        browser.until("document.querySelectorAll('#log .message').length == 3")
+        self.assertEqual(sorted(browser.texts()), ["Hi", "back", "said while it was away"])
+        self.assertEqual(len(client.poll(made["sessionId"], "ada")["messages"]), 3)
+
+    def test_eight_tabs_share_one_poll_and_each_hears(self):
+        sid, _ = self.met()
+        browser = Browser(self)
+        self.joined(browser, sid, "eve")
+        tabs = [browser.ask("GET", "/window")]
+        for _ in range(7):
+            tabs.append(browser.ask("POST", "/window/new", {"type": "tab"})["handle"])
+            browser.ask("POST", "/window", {"handle": tabs[-1]})
+            browser.open(self.s.url + "/talk")
+            browser.until("document.querySelector('#known button') || document.querySelectorAll("
+                          "'#log .message').length")
+            if browser.run("return !!document.querySelector('#known button')"):
+                browser.click("#known button")
+            browser.until("document.querySelectorAll('#log .message').length == 1")
+        self.send(sid, "to all of you")
+        for handle in tabs:
+            browser.ask("POST", "/window", {"handle": handle})
+            browser.until("document.querySelectorAll('#log .message').length == 2")
+        self.assertLessEqual(self.s.store.waiters.parked, 1)
+
+    def test_who_scrolled_up_stays_among_5000_messages(self):
+        sid, _ = self.met()
+        for number in range(20):
+            self.send(sid, "line %d" % number)
+        with contextlib.closing(sqlite3.connect(":memory:")):
+            place, = self.s.store.db.read("SELECT MAX(place) FROM session_messages")[0]
+
+        def fill(db):
+            db.executemany("INSERT INTO session_messages (place, id, agent_id, text, verified,"
+                           " created_at, expires_at, size) VALUES (?, ?, 'ada', ?, 1, ?, ?, 4)",
+                           [(place + at, "msg_%d" % at, "line %d\n%s" % (at, "words " * (at % 40)),
+                             self.s.clock.now(), self.s.clock.now() + 3600000)
+                            for at in range(1, 4981)])
+            db.execute("UPDATE sessions SET last_cursor = last_cursor + 4980,"
+                       " messages = messages + 4980")
+        self.s.store.db.write(fill)
+        browser = Browser(self)
+        self.joined(browser, sid, "eve")
+        browser.until("document.querySelectorAll('#log .message').length == 5001")
+        last = "document.querySelector('#lines').lastChild.getBoundingClientRect()"
+        browser.until(last + ".bottom <= document.querySelector('#log').getBoundingClientRect()"
+                      ".bottom + 2")
+        browser.run("document.querySelector('#log').scrollTop = -9000")
+        seen = browser.until("window.seen = [...document.querySelectorAll('.message')].find("
+                             "each => each.getBoundingClientRect().top > 200)?.dataset.cursor")
+        place = "document.querySelector('[data-cursor=\"%s\"]').getBoundingClientRect().top" % seen
+        browser.until("window.place === %s || void (window.place = %s)" % (place, place))
+        self.send(sid, "one more")
+        browser.until("document.querySelector('#below').textContent == '1 new below'")
+        self.assertLess(abs(browser.run("return %s - window.place" % place)), 20)
+        browser.click("#below")
+        browser.until("document.querySelector('#below').hidden")
+
+    def test_spectators_read_along_until_the_link_is_withdrawn(self):
+        sid, key = self.met("Hello")
+        link = run_here(self.home, "watch-link", sid).json["url"]
+        browser = Browser(self)
+        browser.open(link)
+        browser.until("document.querySelectorAll('#log .message').length == 1")
+        before = self.client.status(sid)
+        self.send(sid, "second")
+        browser.until("document.querySelectorAll('#log .message').length == 2")
+        self.assertEqual(browser.run("return location.href"), self.s.url + "/w")
+        shown = browser.run("return document.documentElement.outerHTML")
+        for hidden in (sid, key, link.partition("#")[2]):
+            self.assertNotIn(hidden, shown)
+        self.assertEqual(before["agents"], ["ada"])
+        browser.ask("POST", "/refresh")
+        browser.until("document.querySelectorAll('#log .message').length == 2")
+        self.assertEqual(run_here(self.home, "watch-link", sid, "--stop").json["withdrawn"], 1)
+        browser.until("document.querySelector('#state').dataset.state == 'ended'")
+        self.assertEqual(browser.complaints(), [])
+
+    def test_the_overview_wants_the_token_and_works(self):
+        token = "t0ken-" + "of-the-server"
+        server = self.server(token=token, max_attempts=1, clock=nexus.Clock())
+        messages = server.client(token=token).messages
+        messages.send("jobs", "resize picture 1", "ada")
+        browser = Browser(self)
+        browser.open(server.url + "/watch")
+        browser.until("!document.querySelector('#ask').hidden")
+        browser.type("#token", "wrong\n")
+        browser.until("document.querySelector('#askNotice').textContent")
+        browser.run("document.querySelector('#token').value = ''")
+        browser.type("#token", token + "\n")
+        browser.until("document.querySelectorAll('#channels tr').length == 1")
+        browser.click("#channels button")
+        browser.until("document.querySelectorAll('#log .message').length == 1")
+        browser.type("#content", "and picture 2")
+        browser.click("#send button")
+        browser.until("document.querySelectorAll('#log .message').length == 2")
+        browser.type("#log .message:first-child input", "done\n")
+        until(lambda: messages.pending("jobs") == 1, 30)
+        browser.click("#log .message:last-child form button[type=button]")
+        until(lambda: messages.pending("jobs") == 0, 30)
+        self.assertEqual(messages.inbox("ada")[0]["content"], "done")
+        self.assertEqual(browser.complaints(), [])
+        self.assertNotIn(token, browser.run("return document.documentElement.outerHTML"))
+
+    def test_small_dark_by_keyboard_without_storage_and_with_no_barrier(self):
+        sid, _ = self.met("Read <b>this</b>")
+        browser = Browser(self, dark=True, width=500, height=700)
+        browser.ask("POST", "/goog/cdp/execute", {
+            "cmd": "Emulation.setDeviceMetricsOverride", "params": {
+                "width": 320, "height": 600, "deviceScaleFactor": 1, "mobile": True}})
+        browser.ask("POST", "/goog/cdp/execute", {
+            "cmd": "Page.addScriptToEvaluateOnNewDocument", "params": {"source":
+                "for (const name of ['localStorage', 'sessionStorage'])"
+                " Object.defineProperty(window, name, {get() { throw new Error('none'); }});"}})
+        axe = os.environ.get("NEXUS_TEST_AXE")
+
+        def look():
+            self.assertLessEqual(browser.run("return document.documentElement.scrollWidth"), 320)
+            if axe:
+                with open(axe, encoding="utf-8") as file:
+                    browser.run(file.read())
+                found = browser.ask("POST", "/execute/async", {"args": [], "script":
+                    "const done = arguments[0]; axe.run().then(found => done(found.violations"
+                    ".filter(each => ['serious', 'critical'].includes(each.impact)).map("
+                    "each => each.id + ': ' + each.nodes.map(node => node.html).join(' '))))"})
+                self.assertEqual(found, [])
+        browser.open(self.client.pair(sid)["url"])
+        look()
+        keys = {"actions": [{"type": "key", "id": "k", "actions": [
+            {"type": kind, "value": value} for value in "\ue004" + "eve" + "\ue007"
+            for kind in ("keyDown", "keyUp")]}]}        # Tab, the name, Enter
+        browser.ask("POST", "/actions", keys)
+        browser.until("document.querySelectorAll('#log .message').length == 1")
+        look()
+        self.send(sid, "and this")
+        browser.until("document.querySelectorAll('#log .message').length == 2")
+        for path in ("/w", "/watch"):
+            browser.open(self.s.url + path)
+            browser.until("document.querySelector('#state').dataset.state != 'waiting'")
+            look()
+        self.assertEqual(browser.complaints(), [])
+
+    @unittest.skipUnless(shutil.which("zbarimg"), "zbarimg is not here")
+    def test_a_decoder_reads_the_codes_that_we_draw(self):
+        def read(path):
+            done = subprocess.run(["zbarimg", "-q", "--raw", "-Sdisable", "-Sqrcode.enable", path],
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            return done.stdout.decode().strip("\n")
+        sid, _ = self.met()
+        browser, path = Browser(self), os.path.join(self.home, "page.png")
+        self.joined(browser, sid, "eve")
+        browser.click("#invite")
+        browser.until("document.querySelector('.qr')?.naturalWidth")
+        browser.run("document.querySelector('.qr').scrollIntoView()")
+        browser.picture(path)
+        link = browser.run("return document.querySelector('#panel a').href")
+        self.assertEqual(read(path), link)
+        picture = os.environ.get("NEXUS_TEST_PICTURE")
+        if picture:                     # the one in README: NEXUS_TEST_PICTURE=FILE makes it anew
+            browser.click("#panel > button:last-child")
+            browser.until("!document.querySelector('#panel').children.length")
+            self.send(sid, "Page 3 has a typo, and the figures of May are missing. My password is"
+                      " password=" + "hunter2xyz.")
+            browser.type("#text", "I am looking at it.\n")
+            browser.until("document.querySelectorAll('.mine').length == 1")
+            browser.until("document.getAnimations().length == 0")
+            browser.picture(picture)
+
+
+class QrCodes(Case):
+    """The codes themselves, without a browser."""
+
+    def test_a_decoder_reads_every_size(self):
+        self.assertRaises(ValueError, nexus.qr_rows, "x" * 214)
+        for length in (0, 1, 14, 15, 50, 62, 63, 106, 122, 152, 180, 213):
+            rows = nexus.qr_rows("http://nexus/p/".ljust(length, "x")[:length])
+            self.assertEqual({len(row) for row in rows}, {len(rows)})
+            self.assertEqual([row[:7] for row in rows[:2]], ["1111111", "1000001"])
+            if shutil.which("zbarimg") and length:
+                side, path = 3 * (len(rows) + 8), os.path.join(self.folder(), "x.pgm")
+                with open(path, "wb") as file:
+                    file.write(b"P5 %d %d 255\n" % (side, side) + b"".join(
+                        b"".join(b"\0\0\0" if sign == "1" else b"\xff\xff\xff" for sign in row) * 3
+                        for row in ["0" * (len(rows) + 8)] * 4 + ["0000%s0000" % row
+                        for row in rows] + ["0" * (len(rows) + 8)] * 4))
+                found = subprocess.run(["zbarimg", "-q", "--raw", path], stdout=subprocess.PIPE,
+                                       stderr=subprocess.DEVNULL)
+                self.assertEqual(found.stdout.decode().strip("\n"),
+                                 "http://nexus/p/".ljust(length, "x")[:length])
+
+    def test_the_terminal_shows_the_same(self):
+        rows, lines = nexus.qr_rows("http://nexus/p/X"), nexus.qr_text("http://nexus/p/X")
+        drawn = []
+        for line in lines:
+            drawn += ["".join("01"[sign in there] for sign in line) for there in (
+                " \u2584", " \u2580")]
+        self.assertEqual([row[4:-4] for row in drawn[4:4 + len(rows)]], rows)
+
+
+# ----------------------------------------------------------------------------------------
 # To teach with
 #
 # A lesson shows what is true: its checks are those of the self-test, its lines are the file's.
@@ -9500,9 +9997,11 @@ class FollowTest(CliCase):
     def test_chat_passes_over_what_is_not_utf_8_and_hears_of_an_end(self):
         home, (sid, keys) = self.folder(), self.s.session(("ada", "bob"))
         nexus.State(home).remember(sid, self.s.url, "ada", keys["ada"])
-        ran = run_here(home, "chat", sid, input=b"one\r\n\xff\xfe\ntwo", url=self.s.url)
-        self.assertEqual(ran.code, 0)
-        self.assertIn("Line 2 is not UTF-8 and was not sent.", ran.err)
+        done = subprocess.run(COMMAND + ["chat", sid], input=b"one\r\n\xff\xfe\ntwo",
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+                              env=clean_environment(home))
+        self.assertEqual(done.returncode, 0)
+        self.assertIn(b"Line 2 is not UTF-8 and was not sent.", done.stderr)
         self.assertEqual(texts(self.s.poll(sid, "bob")), ["one", "two"])
         nexus.State(home).remember(UNKNOWN, self.s.url, "ada", keys["ada"])
         reading, writing = os.pipe()
