@@ -8512,8 +8512,8 @@ def poll_once(args, client, session_id, after, wait=None, silent=False):
 
 def until_stopped(work):
     """work() until it is done, or Ctrl-C or SIGTERM end it: both are good ends."""
-    stop_on_signals()
     try:
+        stop_on_signals()
         return work()
     except KeyboardInterrupt:
         return 0
@@ -10347,9 +10347,12 @@ def verb_demo(args):
         read("Ada", "reads what is new.", "poll", "review")
         if args.serve:
             link = step("Ada", "makes another code, for you.", "pair", "review")["url"]
-            stage.tell("The server stays until Ctrl-C. To open in a browser:")
-            stage.show("  " + stage.url + "/watch", "  " + link)
-            return until_stopped(stage.process.wait)
+
+            def stay():                 # whoever reads this may press it at once
+                stage.tell("The server stays until Ctrl-C. To open in a browser:")
+                stage.show("  " + stage.url + "/watch", "  " + link)
+                return stage.process.wait()
+            return until_stopped(stay)
         step("Bob", "leaves. The session ends by itself.", "leave", session)
     stage.tell("The server is stopped and nothing is left behind. Your turn: nexus.py serve")
 
