@@ -3679,7 +3679,7 @@ class ChannelInbox(ChannelCase):
         began = time.monotonic()
         second = self.put()["id"]
         self.assertEqual(call.result(), [second])
-        self.assertLess(time.monotonic() - began, 1)
+        self.assertLess(time.monotonic() - began, 5)
         ends = [Started(self.ids, "?wait=1&sender=nobody"),
                 Started(self.s.client().messages.lease, "nobody's", "w", wait=1)]
         self.assertEqual([call.result() for call in ends], [[], []])
@@ -6017,9 +6017,9 @@ class Servers(CliCase):
         for number in range(5):
             self.keep("%048d" % number, server=Fake(self, lambda line: None).url)
         began = time.monotonic()
-        rows = self.ok("ls", NEXUS_STATUS_TIMEOUT="0.3")["sessions"]
+        rows = self.ok("ls", NEXUS_STATUS_TIMEOUT="1")["sessions"]
         self.assertEqual([row["status"] for row in rows], ["unreachable"] * 5)
-        self.assertLess(time.monotonic() - began, 5 * 0.3)
+        self.assertLess(time.monotonic() - began, 5 * 1)
         self.no("unreachable", "status", "%048d" % 0, NEXUS_HTTP_TIMEOUT="0.05")
 
     def test_poll_all_polls_each_session_and_keeps_its_cursor(self):
