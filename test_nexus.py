@@ -2891,6 +2891,8 @@ class Readers(DiskCase):
             self.assertFalse(self.db.scrub())
             self.assertLess(time.monotonic() - began, nexus.BUSY_SECONDS / 2)
         self.assertTrue(self.db.scrub())
+        self.assertEqual(self.db._writer.execute("PRAGMA busy_timeout").fetchone(),
+                         (nexus.BUSY_SECONDS * 1000,), "a write waits for others as before")
 
     def test_close_closes_connections_in_use(self):
         read = Started(self.db.read, ENDLESS)
@@ -10910,6 +10912,15 @@ class Costs(StoreCase):
             self.assertEqual(self.channels.ack_all("c"), 1)
         self.assertEqual(self.inbox()[0], [2])
 
+    def test_a_step_that_finds_its_work_done_is_not_the_end_of_the_work(self):
+        self.open()
+        for _ in range(4):
+            self.put()
+        with hurried(), patched(nexus, "STEP_ROWS", 2):
+            with between(self.db, "write", lambda: self.channels.ack(2)):
+                self.assertEqual(self.channels.ack_all("c"), 3)
+        self.assertEqual(self.inbox(), ([], False))
+
     def test_a_slow_disk_gets_more_rows_for_each_commit(self):
         self.open()
         write = self.db.write
@@ -11134,6 +11145,13 @@ class More(StoreCase):
                 sent = self.put(sender="cy")["id"]      # the first two are below what it asks for
             self.assertIn('"id":%d,' % sent, call.result()[1])
 
+    def test_of_who_has_waited_nothing_is_kept(self):
+        self.open()
+        waiters = self.s.store.waiters
+        for caller in (self.CALLER, nexus.Caller("203.0.113.1", False)):
+            self.assertTrue(waiters.wait(("channel", "c"), lambda: True, 60, caller))
+            self.assertEqual((waiters.parked, waiters._addresses, waiters._places), (0, {}, {}))
+
     def test_to_ask_whether_there_are_more_waits_for_nothing(self):
         self.open()
         call = Started(self.channels.inbox, "c", 0, 0, None, None, False, 60, self.CALLER)
@@ -11161,6 +11179,7 @@ class Present(StoreCase):
         sid = self.sessions.create(3600, 5, None, "ada")["sessionId"]
         self.clock.advance(5)
         self.sessions.poll(sid, "ada", 0, 9, 0, False, self.CALLER)
+        self.clock.advance(1)
         self.sessions.renew(sid, "ada", 2)
         for _ in range(2):
             self.assertEqual(when(self.sessions.status(sid)["expiresAt"]),
