@@ -1862,11 +1862,26 @@ class Database:
         except sqlite3.Error as trouble:
             if re.search("is full|locked|locking", str(trouble)):
                 raise self._blame(trouble) from None
+            if connection is not self._writer:
+                self._writer_lock.acquire()     # for good: from here on nobody hears of a 201
+            self._write_wal_again()
             log("The disk failed while the log was moved into the database (SQLite says: %s). The"
                 " server ends, so that nothing is lost. Look after the disk, then start it again."
                 % trouble)
             log.stop()
             os._exit(1)
+
+    def _write_wal_again(self):
+        """A checkpoint syncs the WAL first. If that failed beside a commit, the kernel may have
+        dropped what the commit had written; its own sync then found nothing to do."""
+        for _ in range(3 if hasattr(os, "pwrite") else 0):      # not on Windows
+            try:
+                file, at = os.open(self.path + "-wal", os.O_RDWR), 0
+                while os.pwrite(file, os.pread(file, 1 << 20, at), at):
+                    at += 1 << 20
+                return os.fsync(file)
+            except OSError:
+                pass                    # the disk is as it is: once more, then the end
 
     def wal_bytes(self):
         """Size of the write-ahead log."""

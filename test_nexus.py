@@ -2746,6 +2746,14 @@ class Health(DiskCase):
         lines, server.lines[:] = list(server.lines), []
         self.assertEqual(["full" in line for line in lines], [True, False])
 
+    def test_a_commit_of_nothing_says_nothing_of_the_disk(self):
+        server = self.server()
+        server.store.db.fault = "the disk is full"
+        server.store.db.write(lambda db: None)
+        self.assertEqual(server.call("GET", "/health").json["reason"], "the disk is full")
+        self.assertEqual(self.send(server), 201)
+        self.assertEqual(server.call("GET", "/health").status, 200)
+
     def test_an_expiry_run_that_fails_is_told_until_one_succeeds(self):
         server = self.server()
         with patched(server.store.sessions, "write_activity", refusing(ZeroDivisionError())):
@@ -3208,6 +3216,30 @@ nexus.WAL_BYTES = 0
             with patched(os, "_exit", refusing(AssertionError("ended"))):
                 with self.assertRaisesRegex(nexus.NexusError, words):
                     database._checkpoint(broken, "PASSIVE")
+
+    @unittest.skipUnless(hasattr(os, "pwrite"), "Windows cannot write at a place")
+    def test_what_a_failed_sync_beside_a_commit_has_dropped_is_written_again(self):
+        server = self.server(db=self.path)
+        database = server.store.db
+        self.send(server)
+        log, done, syncs = self.read(self.path + "-wal"), [], iter([OSError(), None])
+        broken = type("Broken", (), {"execute": refusing(sqlite3.OperationalError("I/O error"))})()
+
+        def write(_, data, at):
+            done.append((at, data))
+            return len(data)
+
+        def sync(_):
+            done.append("sync")
+            for trouble in filter(None, [next(syncs)]):
+                raise trouble
+        with patched(os, "pwrite", write), patched(os, "fsync", sync), patched(
+                os, "_exit", lambda code: done.append((code, database._writer_lock.locked()))):
+            database._checkpoint(broken, "PASSIVE")
+        database._writer_lock.release()
+        once = [(0, log), (1 << 20, b""), "sync"]
+        self.assertEqual(done, once + once + [(1, True)])
+        self.assertIn("The server ends", server.lines.pop())
 
     @unittest.skipUnless(sys.platform == "linux", "LD_PRELOAD is Linux's")
     def test_a_power_cut_after_failed_syncs_leaves_every_message_that_was_answered(self):
@@ -9638,6 +9670,55 @@ class UnderPressure(Case):
         holding.result()
         self.assertEqual([send.result().status for send in sends], [201] * 3)
 
+    def test_a_refused_body_that_is_here_whole_ends_no_connection(self):
+        server = self.server(token="t")
+        talk = Talk(self, server, request("POST", self.POST, self.SEND))
+        self.assertEqual(talk.hear().status, 401)
+        self.assertEqual(talk.say(get("/health")).hear().status, 200)
+
+    def test_a_head_may_be_as_long_as_it_is_said_and_no_longer(self):
+        server = self.server(max_header_bytes=512)
+        for more, status in ((0, 200), (1, 431)):
+            head = get("/health", "X: ")[:-4]
+            head += b"x" * (512 + more - len(head)) + b"\r\n\r\n"
+            self.assertEqual(Talk(self, server, head).hear().status, status)
+
+    def test_a_system_without_threads_to_give_refuses_and_forgets(self):
+        server = self.server()
+        with patched(threading.Thread, "start", refusing(RuntimeError())):
+            self.assertEqual(server.call("GET", "/health").status, 503)
+        self.assertEqual((server.server.connections, dict(server.server.addresses)), (set(), {}))
+
+    def test_a_request_that_waits_for_its_turn_is_under_way(self):
+        server = self.server()
+        talk = Talk(self, server, get("/health"))
+        connection, busy = self.connection(server), []
+        talk.hear()
+        until(lambda: not connection.busy)
+
+        class Turn:
+            """A lock that looks around before it is taken."""
+            lock = connection._turn
+            locked, release = lock.locked, lock.release
+
+            def acquire(self, *args, **values):
+                busy.append(connection.busy)
+                return self.lock.acquire(*args, **values)
+        connection._turn = Turn()
+        self.assertEqual(talk.say(get("/health")).hear().status, 200)
+        self.assertEqual(busy[0], True)
+
+    def test_the_watchman_lets_go_of_nobody_elses_bell(self):
+        watchman, bells = nexus.Watchman(), (nexus.Bell(), nexus.Bell())
+        self.addCleanup(watchman.close)
+        near, far = socket.socketpair()
+        self.addCleanup(near.close)
+        watchman.watch(near, bells[0])
+        watchman.unwatch(near, bells[1])
+        far.close()
+        bells[0].wait(10)
+        self.assertTrue(bells[0].gone)
+
     def test_one_long_body_at_a_time(self):
         server = self.server()
         body = {"channel": "c", "content": "x" * nexus.LONG_BODY}
@@ -9678,6 +9759,8 @@ class UnderPressure(Case):
         answer = Talk(self, server, get("/health")).hear()
         self.assertEqual(answer.status, 400)
         self.assertIn("https://", answer.json["message"])
+        with patched(nexus, "HEAD_SECONDS", 0.05):
+            self.assertIsNone(Talk(self, server).hear(), "who says nothing is not waited for")
 
     def test_the_log_tells_of_every_refusal_and_metrics_count_them(self):
         server = self.server(verbose=True, max_body=1000)
@@ -9784,6 +9867,12 @@ class ManyAtOnce(ChannelCase):
         call = self.parked(self.read, "?wait=20")
         self.batch({"channel": self.channel, "content": "x"})
         self.assertEqual(len(call.result()), 1)
+
+    def test_more_acks_than_one_statement_takes_are_done_all(self):
+        acks = [{"id": self.put()["id"]} for _ in range(2 * nexus.GROUP + 1)]
+        self.assertEqual(self.s.call("POST", "/api/messages/ack", {"acks": acks}).json["acked"],
+                         len(acks))
+        self.assertEqual(self.ids("?limit=100"), [])
 
     def test_large_batches_do_not_pile_up_in_one_commit(self):
         go = threading.Event()
@@ -10232,6 +10321,15 @@ class FoundByAttack(Case):
         server.clock.advance(nexus.SCRUB_SECONDS + 1)
         server.sweep()
         self.assertFalse(database.unscrubbed)
+
+    def test_what_is_deleted_while_the_log_is_emptied_is_emptied_the_next_time(self):
+        server = self.server(db=os.path.join(self.folder(), "x.db"))
+        server.client().messages.ack(server.client().messages.send("c", "x")["id"])
+        server.store.db.unscrubbed = True
+        server.clock.advance(nexus.SCRUB_SECONDS)
+        with between(server.store.db, "scrub", lambda: server.store.channels.gc(0)):
+            server.sweep()
+        self.assertTrue(server.store.db.unscrubbed)
 
     def test_an_image_on_another_page_spends_nobodys_codes(self):
         server = self.server()
@@ -10995,6 +11093,17 @@ class Woken(StoreCase):
         self.clock.advance(5)
         self.assertEqual(self.ids(self.lease(9)), [ids[0], ids[3]])
 
+    def test_acks_that_come_with_a_lease_are_done_once_however_long_it_waits(self):
+        self.open()
+        self.put()
+        held, = self.lease()
+        call = Started(self.channels.lease, "c", "w", 1, 60, 60, [
+            {"id": held["id"], "lease_token": held["leaseToken"]}], self.CALLER)
+        until(lambda: self.db.read("SELECT 1 FROM messages WHERE acked_at IS NOT NULL"))
+        last = self.put()["id"]
+        messages, results = call.result()
+        self.assertEqual((self.ids(messages), results), ([last], [{"id": held["id"], "ok": True}]))
+
     def test_a_delay_holds_a_message_back_also_over_a_sweep(self):
         self.open()
         self.put()
@@ -11144,6 +11253,30 @@ class More(StoreCase):
                 until(lambda: len(looked) >= looks)
                 sent = self.put(sender="cy")["id"]      # the first two are below what it asks for
             self.assertIn('"id":%d,' % sent, call.result()[1])
+
+    def test_who_is_woken_by_the_end_finds_that_it_is_the_end(self):
+        self.open()
+        waiters, closed = self.s.store.waiters, []
+        call = Started(waiters.wait, ("channel", "c"), lambda: None, 60)
+        until(lambda: waiters._places)
+        with between(nexus.Bell, "ring", lambda: closed.append(waiters.closed), before=True):
+            waiters.close()
+        self.assertEqual((call.result(), closed), (None, [True]))
+
+    def test_an_expiry_run_ends_before_the_database_is_closed(self):
+        store, closed, order = nexus.Store(nexus.Settings({"db": ":memory:"})), threading.Event(), []
+        running = threading.Event()
+
+        def run():
+            running.set()
+            closed.wait(0.3)                # or so long, if close() waits as it should
+            order.append("the run ends")
+        with patched(nexus, "SWEEP_SECONDS", 0.001), patched(store, "tend", run), between(
+                store.db, "close", lambda: order.append("closed") or closed.set(), before=True):
+            store.start()
+            running.wait(10)
+            store.close()
+        self.assertEqual(order[-1], "closed")
 
     def test_of_who_has_waited_nothing_is_kept(self):
         self.open()
