@@ -10443,9 +10443,10 @@ class BetweenSteps(Case):
 
     def test_nothing_follows_half_an_answer(self):
         server = self.server()
-        server.client().messages.send("c", "x " * 300000)
         sock = self.deaf(server)
         until(lambda: server.server.connections)
+        server.client().messages.send("c", "x " * 300000)
+        until(lambda: len(server.server.connections) == 1)      # that of the deaf one
         with patched(nexus, "BODY_SECONDS", 0), patched(nexus, "SLOWEST_CLIENT", 1 << 60):
             sock.sendall(get("/api/messages/inbox/c") + get("/health"))
             until(lambda: not server.server.connections)
