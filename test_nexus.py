@@ -6626,15 +6626,18 @@ class News(CliCase):
         self.assertEqual(self.news("--once", "k"), "")
 
     def test_what_was_read_while_it_waited_is_no_news(self):
+        waiters, parked = self.s.store.waiters, []
+        enter = waiters._enter
+
         def read():
-            until(lambda: self.s.store.waiters.parked)
+            until(lambda: len(parked) == 1)
             self.keep(self.sid, cursor="1\n")
             self.says("one")
-            until(lambda: not self.s.store.waiters.parked)
-            until(lambda: self.s.store.waiters.parked)
+            until(lambda: len(parked) == 2)     # it has seen that one and waits on
             self.says("two")
-        bob = Started(read)
-        line = self.cli("news", "--wait", 60).out
+        with patched(waiters, "_enter", lambda caller: parked.append(enter(caller))):
+            bob = Started(read)
+            line = self.cli("news", "--wait", 60).out
         bob.result()
         self.assertIn("review: 1 new", line)
         self.assertEqual(self.texts("review"), ["two"])
@@ -9622,7 +9625,7 @@ class UnderPressure(Case):
                 patched(nexus, "BODY_SECONDS", 0.05), patched(nexus, "SLOWEST_CLIENT", 1 << 30), \
                 patched(nexus, "TICK_SECONDS", 1):
             talk = Talk(self, server, get("/health"))
-            until(lambda: server.server.connections)
+            until(lambda: server.app.requests)
             until(lambda: not server.server.connections)
             heard = 0
             while talk._sock.recv(1 << 20):
@@ -11079,6 +11082,23 @@ class Woken(StoreCase):
         self.assertTrue(self.woken(self.channels.revive, three["id"]))
         self.assertEqual([m["attempts"] for m in self.lease()], [1])
 
+    def test_the_next_lease_looks_behind_all_that_were_leased_at_once(self):
+        self.open()
+        for _ in range(5):
+            self.put()
+        self.assertEqual(len(self.lease(3)), 3)
+        self.assertEqual(self.db.read("SELECT frontier FROM channels"), [(3,)])
+
+    def test_who_gave_a_message_back_cannot_answer_with_the_old_token(self):
+        self.open()
+        self.put()
+        held, = self.lease()
+        self.channels.release(held["id"], held["leaseToken"], 0)
+        with self.assertRaises(nexus.NexusError) as caught:
+            self.channels.reply(held["id"], "y", "me", {}, [], held["leaseToken"], None).wait()
+        self.assertEqual(caught.exception.code, "lease_expired")
+        self.assertEqual(self.inbox(channel="s")[0], [])
+
     def test_a_message_that_was_never_leased_can_be_revived_and_leased(self):
         self.open()
         message = self.put()
@@ -11277,6 +11297,7 @@ class More(StoreCase):
             store.start()
             running.wait(10)
             store.close()
+        store._thread.join(10)
         self.assertEqual(order[-1], "closed")
 
     def test_of_who_has_waited_nothing_is_kept(self):
