@@ -1872,8 +1872,11 @@ class Database:
             os._exit(1)
 
     def _write_wal_again(self):
-        """A checkpoint syncs the WAL first. If that failed beside a commit, the kernel may have
-        dropped what the commit had written; its own sync then found nothing to do."""
+        """Sync the WAL once more, each of its pages written anew.
+
+        A checkpoint begins with a sync of the WAL. If that failed beside a commit, the kernel may
+        have dropped what the commit had just written, whose own sync then found nothing to do.
+        """
         for _ in range(3 if hasattr(os, "pwrite") else 0):      # not on Windows
             try:
                 file, at = os.open(self.path + "-wal", os.O_RDWR), 0
