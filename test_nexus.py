@@ -7504,13 +7504,17 @@ class Browser:
     KEY = "element-6066-11e4-a52e-4f735466cecf"     # how WebDriver names an element
 
     def __init__(self, case, dark=False, width=1280, height=800):
-        self._driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+        for _ in range(5):      # it takes the same port twice, for IPv4 too, and may be too late
+            self._driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE,
+                                            stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+            line = next((line for line in iter(self._driver.stdout.readline, b"")
+                         if b"successfully on port" in line), None)
+            if line:
+                break
+            self._driver.stdout.close()
+            self._driver.wait(20)
+        case.assertTrue(line, "chromedriver did not start")
         case.addCleanup(self._end)
-        line = b""
-        while b"successfully on port" not in line:
-            line = self._driver.stdout.readline()
-            case.assertTrue(line, "chromedriver did not start")
         self._port, self._session = int(re.search(rb"port (\d+)", line)[1]), ""
         self._profile = case.folder()
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
@@ -11285,8 +11289,8 @@ class More(StoreCase):
         self.assertEqual((call.result(), closed), (None, [True]))
 
     def test_an_expiry_run_ends_before_the_database_is_closed(self):
-        store, closed, order = nexus.Store(nexus.Settings({"db": ":memory:"})), threading.Event(), []
-        running = threading.Event()
+        store, order = nexus.Store(nexus.Settings({"db": ":memory:"})), []
+        running, closed = threading.Event(), threading.Event()
 
         def run():
             running.set()
