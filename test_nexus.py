@@ -3208,6 +3208,11 @@ nexus.WAL_BYTES = 0
         with patched(nexus.Database, "_checkpoint", full):      # then it starts all the same
             self.contents()
 
+    def test_a_lock_that_was_left_behind_says_who_has_it_now(self):
+        lock = self.written("x.db.lock", b"1234567890123\n")
+        self.server(db=self.path)
+        self.assertEqual(self.read(lock), b"%d\n" % os.getpid())
+
     def test_a_full_disk_in_a_checkpoint_is_no_reason_to_end(self):
         database = nexus.Database(self.path)
         self.addCleanup(database.close)
@@ -9696,6 +9701,14 @@ class UnderPressure(Case):
             self.assertEqual(server.call("GET", "/health").status, 503)
         self.assertEqual((server.server.connections, dict(server.server.addresses)), (set(), {}))
 
+    def test_who_is_in_the_middle_of_a_body_does_not_hold_up_the_end(self):
+        server = self.server()
+        with patched(nexus, "TICK_SECONDS", 1):
+            Talk(self, server, get("/mcp", "Content-Length: 9").replace(b"GET", b"POST", 1))
+            until(lambda: server.app.requests)
+        server.stop(20)
+        self.assertEqual(server.server.connections, set())
+
     def test_a_request_that_waits_for_its_turn_is_under_way(self):
         server = self.server()
         talk = Talk(self, server, get("/health"))
@@ -10461,6 +10474,15 @@ class BetweenSteps(Case):
             found = b"".join(iter(lambda: sock.recv(65536), b""))
             self.assertTrue(found.startswith(b"HTTP/1.1 200 ") and len(found) < 600000)
             self.assertNotIn(b"healthy", found)
+
+    def test_a_slow_reader_for_whom_there_is_no_thread_is_cut_off(self):
+        server = self.server()
+        sock = self.deaf(server)
+        until(lambda: server.server.connections)
+        with patched(threading.Thread, "start", refusing(RuntimeError())), patched(
+                nexus, "_status_line", lambda *_: b"x" * (1 << 24)):
+            sock.sendall(get("/health"))
+            until(lambda: not server.server.connections)
 
     def test_what_was_taken_back_or_has_ended_counts_for_no_quota(self):
         for setting, limit in (("max_channel_messages", 2), ("max_channel_bytes", 1300),
@@ -11304,6 +11326,13 @@ class More(StoreCase):
         store._thread.join(10)
         self.assertEqual(order[-1], "closed")
 
+    def test_a_store_that_cannot_write_its_notes_is_closed_all_the_same(self):
+        path = os.path.join(self.folder(), "x.db")
+        store = nexus.Store(nexus.Settings({"db": path}))
+        with patched(store.sessions, "write_activity", refusing(nexus.storage_error("full"))):
+            store.close()
+        self.assertFalse(os.path.exists(path + ".lock"))
+
     def test_of_who_has_waited_nothing_is_kept(self):
         self.open()
         waiters = self.s.store.waiters
@@ -11319,6 +11348,32 @@ class More(StoreCase):
 
 class Present(StoreCase):
     """Who is there keeps a session alive, and its own place in it."""
+
+    def test_who_waits_says_so_well_before_session_or_agent_would_run_out(self):
+        for settings, ttl in (({}, 60), ({"agent_inactivity": 30}, 3600)):
+            self.open(**settings)
+            sid, asked = self.sessions.create(ttl, 5, None, "ada")["sessionId"], []
+            with patched(self.s.store.waiters, "wait", lambda *given: asked.append(given[-1]())):
+                self.sessions.poll(sid, "ada", 0, 9, 60, False, self.CALLER)
+            self.assertTrue(0 < asked[0] <= settings.get("agent_inactivity", ttl) / 2, asked)
+
+    def test_a_session_holds_as_much_as_is_said_to_the_last_character(self):
+        self.open(max_session_bytes=1024)
+        sid = self.sessions.create(60, 5, None, "ada")["sessionId"]
+        for text in ("x" * 1000, "y" * 24):
+            self.sessions.send(sid, "ada", None, text, None, None, None).wait()
+        with self.assertRaises(nexus.NexusError) as caught:
+            self.sessions.send(sid, "ada", None, "z", None, None, None).wait()
+        self.assertEqual(caught.exception.code, "quota_exceeded")
+
+    def test_codes_that_were_claimed_take_nobodys_place(self):
+        self.open(max_codes=1)
+        sid = self.sessions.create(60, 5, None, "ada")["sessionId"]
+        for agent in ("bob", "cy"):
+            code, _ = self.sessions.pair(sid)
+            with self.assertRaises(nexus.NexusError):
+                self.sessions.pair(sid)
+            self.sessions.claim(code, agent, self.CALLER)
 
     def test_who_waits_keeps_a_session_alive_also_when_its_ttl_becomes_short(self):
         self.open()
