@@ -6827,7 +6827,7 @@ def check_scheme(address, ends):
     """Raise wrong_scheme if this port speaks the other of http and https: one look, no secret."""
     other = "http" if address.secure else "https"
     try:
-        with _connect(address, min(HELLO_SECONDS, _left(ends))) as sock:
+        with _connect(address, min(3 * HELLO_SECONDS, _left(ends))) as sock:
             if not address.secure:
                 _client_context(None, "any").wrap_socket(sock, server_hostname=address.host).close()
             else:
