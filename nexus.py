@@ -6111,8 +6111,6 @@ class Connection(Caller):
 
     def _serve_one(self):
         """One request and its answer; returns whether another may follow."""
-        if self.server.stopping and not self._buffer:
-            return False
         try:
             call = self._take_turn(self._read_request())
         except NexusError as refusal:

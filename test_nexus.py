@@ -2043,7 +2043,7 @@ class HostileTest(ServerCase):
             return True
 
     def test_who_says_nothing_for_long_is_sent_away(self):
-        with patched(nexus, "IDLE_SECONDS", 0.05), patched(
+        with patched(nexus, "IDLE_SECONDS", 0.5), patched(
                 nexus.Connection, "_set_timeouts", lambda link: link.sock.settimeout(0.01)), \
                 socket.create_connection(("127.0.0.1", self.s.port), 10) as sock:
             sock.sendall(get("/health"))
@@ -3212,6 +3212,11 @@ nexus.WAL_BYTES = 0
         lock = self.written("x.db.lock", b"1234567890123\n")
         self.server(db=self.path)
         self.assertEqual(self.read(lock), b"%d\n" % os.getpid())
+
+    def test_a_file_that_is_none_any_more_is_called_damaged(self):
+        for words in ("database disk image is malformed", "file is not a database"):
+            self.assertIn("nexus.py restore", nexus.storage_error(sqlite3.DatabaseError(
+                words)).message)
 
     def test_a_full_disk_in_a_checkpoint_is_no_reason_to_end(self):
         database = nexus.Database(self.path)
@@ -9729,6 +9734,26 @@ class UnderPressure(Case):
         self.assertEqual(talk.say(get("/health")).hear().status, 200)
         self.assertEqual(busy[0], True)
 
+    def test_addresses_are_forgotten_when_their_minute_is_over_and_no_earlier(self):
+        clock = TestClock()
+        budget = nexus.Budget(1, 60, clock)
+        with patched(nexus, "BUDGET_KEYS", 2):
+            for key in "abc":
+                self.assertEqual(budget.spend(key)[0], 0)
+                clock.advance(25)
+            self.assertGreater(budget.spend("b")[0], 0)
+            self.assertEqual(budget.spend("d")[0], 0)
+        self.assertEqual(set(budget._windows), set("bcd"))
+
+    def test_who_resets_a_connection_waits_no_longer(self):
+        server = self.server()
+        talk = Talk(self, server, get("/api/messages/inbox/c?wait=60"))
+        until(lambda: server.store.waiters.parked)
+        talk._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        talk._stream.close()
+        talk._sock.close()
+        until(lambda: not server.store.waiters.parked)
+
     def test_the_watchman_lets_go_of_nobody_elses_bell(self):
         watchman, bells = nexus.Watchman(), (nexus.Bell(), nexus.Bell())
         self.addCleanup(watchman.close)
@@ -9907,6 +9932,21 @@ class ManyAtOnce(ChannelCase):
         self.assertEqual([send.result().status for send in sends], [201, 201])
         holding.result()
         self.assertEqual(self.s.store.db.commits - before, 2)
+
+    def test_many_acks_fill_a_commit_as_many_messages_do(self):
+        acks = [{"id": self.put()["id"]} for _ in range(nexus.MAX_BATCH)]
+        before, database = self.s.store.db.commits, self.s.store.db
+        with one_commit(database) as queued:
+            calls = []
+            for number in (1, 2):
+                calls.append(Started(self.s.store.channels.ack_many, acks))
+                queued(number)
+            calls.append(Started(self.put))
+            queued(3)
+        self.assertEqual([each["ok"] for each in calls[0].result()], [True] * len(acks))
+        self.assertEqual([each["ok"] for each in calls[1].result()], [False] * len(acks))
+        calls[2].result()
+        self.assertEqual(database.commits - before, 2)
 
     def test_acks_succeed_one_by_one_and_say_why_not(self):
         ids = [self.put(str(n))["id"] for n in range(3)]
@@ -10475,6 +10515,15 @@ class BetweenSteps(Case):
             found = b"".join(iter(lambda: sock.recv(65536), b""))
             self.assertTrue(found.startswith(b"HTTP/1.1 200 ") and len(found) < 600000)
             self.assertNotIn(b"healthy", found)
+
+    def test_who_reads_slowly_has_the_more_time_the_longer_the_answer_is(self):
+        server = self.server()
+        server.client().messages.send("c", "x " * 300000)
+        sock = self.deaf(server)
+        with patched(nexus, "BODY_SECONDS", 0), patched(nexus, "SLOWEST_CLIENT", 60000):
+            sock.sendall(get("/api/messages/inbox/c", "Connection: close"))
+            found = b"".join(iter(lambda: sock.recv(65536), b""))
+        self.assertGreater(len(found), 600000)
 
     def test_a_slow_reader_for_whom_there_is_no_thread_is_cut_off(self):
         server = self.server()
@@ -11436,6 +11485,17 @@ class Present(StoreCase):
         self.assertEqual(list(self.sessions.active_at.values()), [self.clock.now()])
         self.sessions.write_activity()
         self.assertEqual((self.sessions.seen_at, self.sessions.active_at), ({}, {}))
+
+    def test_the_log_is_emptied_during_a_long_run_too(self):
+        self.open()
+        for _ in range(3):
+            self.put(ttl=1)
+        self.clock.advance(1)
+        scrubs = []
+        with hurried(), patched(nexus, "SCRUB_SECONDS", 0), patched(
+                self.db, "scrub", lambda: scrubs.append("once") or True):
+            self.assertEqual(self.s.sweep(), 3)
+        self.assertGreaterEqual(len(scrubs), 3)
 
     def test_activity_is_written_down_during_a_long_run_too(self):
         self.open()
