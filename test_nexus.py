@@ -9734,6 +9734,21 @@ class UnderPressure(Case):
         self.assertEqual(talk.say(get("/health")).hear().status, 200)
         self.assertEqual(busy[0], True)
 
+    def test_names_of_this_machine_that_strangers_make_up_fill_no_memory(self):
+        server = self.server()
+        with patched(nexus, "GOOD_HOSTS", 2):
+            for number in range(4):
+                self.assertEqual(server.call("GET", "/health", headers={
+                    "Host": "10.0.0.%d" % number}).status, 200)
+        self.assertEqual(len(server.app.good_hosts), 2)
+
+    def test_who_finds_the_port_taken_gives_the_database_free(self):
+        path = os.path.join(self.folder(), "x.db")
+        settings = nexus.Settings({"db": path, "port": self.server().port})
+        with self.assertRaisesRegex(nexus.NexusError, "Cannot listen"):
+            nexus.make_server(settings)
+        self.assertFalse(os.path.exists(path + ".lock"))
+
     def test_addresses_are_forgotten_when_their_minute_is_over_and_no_earlier(self):
         clock = TestClock()
         budget = nexus.Budget(1, 60, clock)
@@ -10524,6 +10539,14 @@ class BetweenSteps(Case):
             sock.sendall(get("/api/messages/inbox/c", "Connection: close"))
             found = b"".join(iter(lambda: sock.recv(65536), b""))
         self.assertGreater(len(found), 600000)
+
+    def test_a_refusal_is_read_to_its_end_by_who_reads_slowly(self):
+        server = self.server()
+        sock = self.deaf(server)
+        with patched(nexus, "_status_line", lambda *_: b"x" * 600000):
+            sock.sendall(b"GARBAGE\r\n\r\n")
+            found = b"".join(iter(lambda: sock.recv(65536), b""))
+        self.assertIn(b"bad_request", found[600000:])
 
     def test_a_slow_reader_for_whom_there_is_no_thread_is_cut_off(self):
         server = self.server()
