@@ -11439,6 +11439,18 @@ class Present(StoreCase):
             self.sessions.send(sid, "ada", None, "z", None, None, None).wait()
         self.assertEqual(caught.exception.code, "quota_exceeded")
 
+    def test_a_dead_code_is_told_from_an_unknown_one_for_a_day(self):
+        self.open()
+        code, _ = self.sessions.pair(self.sessions.create(60, 5, None, "ada")["sessionId"])
+        self.clock.advance(nexus.CODE_SECONDS + nexus.CODE_MEMORY_SECONDS - 0.001)
+        self.s.sweep()
+        self.assertEqual(self.sessions.code_state(code, self.CALLER), "expired")
+        self.clock.advance(0.001)
+        self.s.sweep()
+        with self.assertRaises(nexus.NexusError) as caught:
+            self.sessions.code_state(code, self.CALLER)
+        self.assertEqual(caught.exception.code, "code_not_found")
+
     def test_codes_that_were_claimed_take_nobodys_place(self):
         self.open(max_codes=1)
         sid = self.sessions.create(60, 5, None, "ada")["sessionId"]
