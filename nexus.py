@@ -8306,12 +8306,13 @@ class Commands:
 
     def _stop(self, *_):
         self.signals += 1
+        count, running = self.signals, list(self._running)      # others change both meanwhile
         self.stopping.set()
-        if self.busy and self.signals == 1:
+        if self.busy and count == 1:
             tip("Stopping when what runs has finished; Ctrl-C again ends it.")
-        for process in list(self._running) if self.signals > 1 else ():
+        for process in running if count > 1 else ():
             self._end(process)
-        if not self.busy or self.signals > 2 and not self._running:
+        if not self.busy or count > 2 and not running:
             raise KeyboardInterrupt
 
     def _end(self, process):

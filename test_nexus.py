@@ -6924,6 +6924,16 @@ class Work(CommandCase):
             os.unlink(os.path.join(self.home, "began.%d" % number))
         self.assertTrue(self.there("trapped"))
 
+    def test_a_third_signal_that_has_ended_the_last_command_has_done_enough(self):
+        with patched(nexus.signal, "signal", lambda *_: None):
+            commands = nexus.Commands("true")
+        commands.busy, commands.signals = True, 2
+        commands._running.add("a process")
+        with patched(commands, "_end", lambda _: commands._running.clear()):
+            commands._stop()            # it is given back now, and that is not broken off
+        with self.assertRaises(KeyboardInterrupt):
+            commands._stop()
+
     @unittest.skipUnless(os.name == "posix", "a Windows console is needed")
     def test_signals_between_start_and_wait_end_what_has_just_begun(self):
         with patched(nexus.signal, "signal", lambda *_: None):
