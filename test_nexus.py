@@ -11125,6 +11125,14 @@ class Costs(StoreCase):
             self.assertEqual(self.channels.ack_all("c"), 1)
         self.assertEqual(self.inbox()[0], [2])
 
+    def test_between_two_looks_at_the_clock_only_so_many_rows_are_changed(self):
+        self.open()
+        sizes = []
+        with patched(nexus, "STEP_SECONDS", 60), patched(nexus, "LONGEST_STEP", 60):
+            self.assertEqual(sum(self.db.in_steps(
+                list(range(500)), lambda db, keys: sizes.append(len(keys)) or len(keys))), 500)
+        self.assertEqual((sizes[0], max(sizes)), (1, nexus.GROUP))
+
     def test_a_step_that_finds_its_work_done_is_not_the_end_of_the_work(self):
         self.open()
         for _ in range(4):
