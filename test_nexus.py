@@ -11125,6 +11125,17 @@ class Costs(StoreCase):
             self.assertEqual(self.channels.ack_all("c"), 1)
         self.assertEqual(self.inbox()[0], [2])
 
+    def test_a_fault_in_telling_of_one_write_leaves_the_others_theirs(self):
+        self.open()
+        with one_commit(self.db) as queued:
+            broken = Started(nexus.Pending(self.db, lambda db: 0, lambda _: 1 // 0).wait)
+            queued(1)
+            other = Started(self.db.write, lambda db: "stored")
+            queued(2)
+        with self.assertRaises(ZeroDivisionError):
+            broken.result()
+        self.assertEqual(other.result(), "stored")
+
     def test_between_two_looks_at_the_clock_only_so_many_rows_are_changed(self):
         self.open()
         sizes = []
