@@ -133,8 +133,11 @@ MANY_BYTES = 500000             # of them in a request of our client: half of --
 MAX_MANY = 1000                 # messages sent, or acks, in one request and one commit
 MANY_SECONDS = 0.05             # lines on stdin that come within this go in one request
 PARCEL_ROWS = 200               # messages or acks of a parcel in one request
+PARCEL_ROOM = 1048576           # bytes of an import's body beyond --max-body: a message and all its
+                                # fields are longer than the body that it was sent in
 PARCEL_COMMIT = 25              # of them in one commit: a sender waits for 1 ms of them
 MAX_PARCEL_CHANNELS = 100       # channels that one export may choose
+MAX_PARCEL_SITES = 100          # sites whose names a parcel carries: 100 kB at the most
 RESTORED_IDS = 10 ** 9          # ids passed over by restore: more than a backup can have missed
 KEY_BYTES = 32                  # the least that the file of a parcel's key may hold
 DEFAULT_CHANNELS = 100          # channels in one answer when no limit is given
@@ -3135,6 +3138,11 @@ class Parcels:
         (own,), = self.db.read("SELECT id FROM sites WHERE num = 0")
         return {"id": own, "name": self.settings.site or own}
 
+    def known(self):
+        """{id: name} of the sites of which this one has heard; for those that never meet them."""
+        return dict(self.db.read("SELECT id, name FROM sites WHERE num > 0 AND name != id"
+                                 " ORDER BY num LIMIT ?", (MAX_PARCEL_SITES,)))
+
     def begin(self, dest, chosen, again, dry_run):
         """Open the next parcel to a site, or parcel `again` once more: (Parcel, messages, acks).
 
@@ -3176,9 +3184,10 @@ class Parcels:
         """Which messages are in a parcel: (more of the condition, parameters)."""
         floors = json.loads(parcel.floors)
         chosen, first = json.loads(parcel.chosen or "[]"), max(after, floors.pop(""))
+        floors = {name: floor for name, floor in floors.items() if not chosen or name in chosen}
         # The + keeps SQLite going by id, through all, and not by channel, sorting each page.
-        more = " AND NOT (+m.channel = ? AND m.id <= ?)" * len(floors) \
-            + (" AND +" + any_of("m.channel", chosen) if chosen else "")
+        more = (" AND m.id > CASE m.channel%s ELSE 0 END" % (" WHEN ? THEN ?" * len(floors))
+                if floors else "") + (" AND +" + any_of("m.channel", chosen) if chosen else "")
         return more, [first, parcel.upto, self.clock.now(), parcel.dest, parcel.dest] + [
             each for pair in floors.items() for each in pair] + chosen
 
@@ -3234,12 +3243,12 @@ class Parcels:
 
         def job(db, drafts, acks, seal):
             now, took = self.clock.now(), collections.Counter(imported=0, alreadyHere=0, over=0)
-            via = self._number_of(db, head["site"]["id"], head["site"]["name"], dry_run)
+            via = self._number_of(db, head["site"]["id"], head["site"]["name"], dry_run, True)
             if not accept_gap:
                 self._check_gap(db, via, head)
             channels = set()
             for draft, origin in drafts:
-                site = self._number_of(db, origin.site, None, dry_run)
+                site = self._number_of(db, origin.site, head["sites"].get(origin.site), dry_run)
                 if site == 0 or db.execute("SELECT 1 FROM arrivals WHERE site = ? AND id = ?",
                                            (site, origin.id)).fetchone():
                     took["alreadyHere"] += 1
@@ -3272,13 +3281,18 @@ class Parcels:
         return took
 
     @staticmethod
-    def _number_of(db, site, name, dry_run):
-        """The number under which a site is known here; from now on, if it is new."""
+    def _number_of(db, site, name, dry_run, at_first_hand=False):
+        """The number under which a site is known here; from now on, if it is new.
+
+        A name that others tell counts as long as the site itself has told none.
+        """
         row = db.execute("SELECT num, name FROM sites WHERE id = ?", (site,)).fetchone()
         if not row and not dry_run:
             db.execute("INSERT INTO sites (id, name) VALUES (?, ?)", (site, name or site))
             row = db.execute("SELECT last_insert_rowid(), ?", (name,)).fetchone()
-        elif row and name and row[0] and row[1] != name and not dry_run:
+        elif row and row[0] and name not in (None, row[1]) and not dry_run \
+                and (at_first_hand or not db.execute(
+                    "SELECT 1 FROM received WHERE site = ?", row[:1]).fetchone()):
             db.execute("UPDATE sites SET name = ? WHERE num = ?", (name, row[0]))
         return row[0] if row else -1
 
@@ -3309,7 +3323,8 @@ class Parcels:
                 (ack["site"], ack["id"])).fetchone()
             if row:
                 message = Message._make(row)
-                changes[message.id] = message, message._replace(acked_at=now, lease_token=None)
+                changes[message.id] = message, message._replace(
+                    acked_at=min(ack["acked_at"], now), lease_token=None)
         changes = list(changes.values())
         for start in range(0, len(changes) * (not dry_run), GROUP):
             self.channels.save(db, changes[start:start + GROUP])
@@ -3459,14 +3474,14 @@ class Field:
     `low` and `high` bound a number or the length of a string or list; `high` may name a setting.
     A list has objects in it, with the fields `items`.
     `missing` is the error code for its absence, where that is not invalid_request. As an MCP
-    argument it is called `tool`, and said to be of `tool_kind`. Name, need and default are taken
-    from the function's head.
+    argument it is called `tool`, and said to be of `tool_kind`. reads(value) makes of it what the
+    operation gets. Name, need and default are taken from the function's head.
     """
 
     def __init__(self, source, kind="string", help="", low=None, high=None, pattern=None,
-                 header=None, missing=None, tool=None, tool_kind=None, items=()):
+                 header=None, missing=None, tool=None, tool_kind=None, items=(), reads=None):
         self.source, self.kind, self.help, self.low, self.high = source, kind, help, low, high
-        self.items = items
+        self.items, self.reads = items, reads
         self.pattern, self.header, self.missing, self.tool = pattern, header, missing, tool
         self.tool_kind = tool_kind or kind
         self.name = self.argument = self.required = self._regex = None
@@ -3479,7 +3494,9 @@ class Field:
         field.name = self.header or camel(argument)
         field.tool = self.tool or camel(argument)
         field.header_key = field.name.lower()
-        field._check = getattr(field, "_check_" + field.kind)
+        check = field._check = getattr(field, "_check_" + field.kind)
+        if field.reads:
+            field._check = lambda value, highest: field.reads(check(value, highest))
         return field
 
     def check(self, value, settings):
@@ -3590,9 +3607,9 @@ def check_fields(fields, inputs, settings):
 class Operation:
     """A row of the table: one function, where it is found, what it takes and gives."""
 
-    def __init__(self, function, method, path, answer, status, guarded, member, tool):
+    def __init__(self, function, method, path, answer, status, guarded, member, tool, room):
         self.function, self.method, self.path, self.answer = function, method, path, answer
-        self.status, self.guarded, self.member = status, guarded, member
+        self.status, self.guarded, self.member, self.room = status, guarded, member, room
         self.tool, self.name = tool, function.__name__
         self.summary = function.__doc__.strip().splitlines()[0]
         self.api = bool(path) and path.startswith("/api/")
@@ -3609,15 +3626,15 @@ _ROUTES = {}        # a tree: segment -> next level; None stands for any segment
 _END = "/"          # in a level: the methods of the path that ends here (no segment has a slash)
 
 
-def operation(method, path, answer, status=200, guarded=False, member=False, tool=None):
+def operation(method, path, answer, status=200, guarded=False, member=False, tool=None, room=0):
     """Put the function below into the table.
 
     `answer` names a shape of section 12, `guarded` operations want the server's token if there is
     one, `member` ones an agent of the session, `tool` is the name as an MCP tool. method and path
-    None: a tool that is no endpoint.
+    None: a tool that is no endpoint. `room`: bytes that its body may have beyond --max-body.
     """
     def register(function):
-        entry = Operation(function, method, path, answer, status, guarded, member, tool)
+        entry = Operation(function, method, path, answer, status, guarded, member, tool, room)
         OPERATIONS.append(entry)
         if path:
             level = _ROUTES
@@ -3650,8 +3667,8 @@ class Caller:
     def unwatch(self, bell):
         """The caller got its answer."""
 
-    def receive(self, call):
-        """The body's bytes."""
+    def receive(self, call, room):
+        """The body's bytes, up to `room` more than --max-body."""
         return call.body
 
 
@@ -3935,7 +3952,7 @@ def perform(call):
     check_kind(call, found)                             # 415 unsupported_media_type
     inputs = gather_head(call, found, texts)            # 400 missing_agent_id, and kin
     check_member(call, found, inputs)                   # 404 session_not_found, 403 forbidden
-    call.body = call.caller.receive(call)               # 413 payload_too_large, 503 server_busy
+    call.body = call.caller.receive(call, found.room)   # 413 payload_too_large, 503 server_busy
     gather_body(call, found, inputs)                    # 400 invalid_body
     arguments = validate(found, inputs, call.app.settings)      # 400 invalid_request
     if log.explains:
@@ -4262,8 +4279,8 @@ def collect_garbage(call, acked_older_than_hours: Field("body", "number", low=0,
     return call.app.store.channels.gc(acked_older_than_hours)
 
 
+SITE_ID = "[0-9a-f]{16}"
 SITE_NAME = Field("body", low=1, high=MAX_NAME)
-SITE = Field("body", "object")
 PARCEL_NUMBER = Field("body", "integer", low=1)
 PATH_SITE, PATH_NUMBER = Field("path", low=1, high=MAX_NAME), Field("path", "integer", low=1)
 
@@ -4278,8 +4295,8 @@ def parcel_begin(call, to: SITE_NAME,
     parcel, messages, acks = parcels.begin(
         to, channels and [each["channel"] for each in channels], again, dry_run)
     return {"site": parcels.site(), "to": to, "parcel": parcel.number, "previous": parcel.previous,
-            "replaces": parcel.seal, "channels": json.loads(parcel.chosen or "null"),
-            "messages": messages, "acks": acks, "upto": parcel.upto}
+            "sites": parcels.known(), "replaces": parcel.seal, "messages": messages, "acks": acks,
+            "channels": json.loads(parcel.chosen or "null"), "upto": parcel.upto}
 
 
 @operation("GET", "/api/parcels/{to}/{number}", "ParcelRows", guarded=True)
@@ -4298,52 +4315,72 @@ def parcel_seal(call, to: PATH_SITE, number: PATH_NUMBER,
     return {"seal": call.app.store.parcels.seal(to, number, seal)}
 
 
-def origin_of(value, name):
-    """{"site", "id"} from a parcel. Raises invalid_request."""
+def read_moment(text):
+    """A time on the wire as milliseconds since 1970. Raises ValueError."""
+    try:
+        return seconds_of(text) * 1000 + int(text[20:23])
+    except ValueError:
+        raise ValueError("must be a time such as 2026-11-26T16:00:00.000Z") from None
+
+
+def read_origin(value):
+    """{"site", "id"} of a parcel as an Origin. Raises ValueError."""
     site, message_id = value.get("site"), value.get("id")
-    if not (isinstance(site, str) and re.fullmatch("[0-9a-f]{16}", site)
+    if not (isinstance(site, str) and re.fullmatch(SITE_ID, site)
             and type(message_id) is int and 0 < message_id <= MAX_ID):
-        raise invalid(name, "must be a site's id, 16 hexadecimal digits, and a message's")
+        raise ValueError("must be a site's id, 16 hexadecimal digits, and a message's")
     return Origin(site, message_id)
+
+
+def read_sites(names):
+    """{site's id: its name} of a parcel. Raises ValueError."""
+    for site, name in names.items():
+        if not (re.fullmatch(SITE_ID, site) and isinstance(name, str)
+                and 0 < len(name) <= MAX_NAME):
+            raise ValueError("must have ids of sites, 16 hexadecimal digits, and their names")
+    return names
+
+
+def read_site(value):
+    """{"id", "name"} of the site that made a parcel. Raises ValueError."""
+    if not isinstance(value.get("id"), str):
+        raise ValueError("must have the id and the name of a site")
+    read_sites({value["id"]: value.get("name")})
+    return value
+
+
+TIME = Field("body", pattern=r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", reads=read_moment)
+PARCEL_FIELDS = [field.bind(name, needed) for name, field, needed in (
+    ("channel", CHANNEL, True), ("sender", SENDER, True), ("content", CONTENT, True),
+    ("created_at", TIME, True), ("origin", Field("body", "object", reads=read_origin), True),
+    ("expires_at", TIME, False), ("correlation_id", Field("body", high=MAX_NAME), False),
+    ("task_id", Field("body"), False), ("metadata", METADATA, False))]
+ACK_FIELDS = [Field("body", pattern=SITE_ID).bind("site", True), MESSAGE_ID.bind("id", True),
+              TIME.bind("acked_at", True)]
 
 
 def parcel_draft(call, channel, sender, content, created_at, origin, correlation_id=None,
                  task_id=None, metadata=None, expires_at=None):
     """A message of a parcel before it has an id here, and its Origin; blacked out once more."""
-    began = origin_of(origin, "origin")
     content, found = blackout(call, content)
     metadata, more = blackout(call, metadata or {})
-    try:
-        now, ends = [each and seconds_of(each) * 1000 + int(each[20:23])
-                     for each in (created_at, expires_at)]
-    except ValueError:
-        raise invalid("createdAt", "must be a time such as 2026-11-26T16:00:00.000Z") from None
-    return new_message(channel, sender, content, correlation_id, task_id, metadata, ends,
-                       sorted(set(found) | set(more)), now,
-                       ',"origin":{"site":"%s","id":%d}' % began), began
+    return new_message(channel, sender, content, correlation_id, task_id, metadata, expires_at,
+                       sorted(set(found) | set(more)), created_at,
+                       ',"origin":{"site":"%s","id":%d}' % origin), origin
 
 
-TIME = Field("body", pattern=r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
-PARCEL_FIELDS = [field.bind(name, needed) for name, field, needed in (
-    ("channel", CHANNEL, True), ("sender", SENDER, True), ("content", CONTENT, True),
-    ("created_at", TIME, True), ("origin", SITE, True), ("expires_at", TIME, False),
-    ("correlation_id", Field("body", high=MAX_NAME), False), ("task_id", Field("body"), False),
-    ("metadata", METADATA, False))]
-
-
-@operation("POST", "/api/parcels/import", "Imported", guarded=True)
-def parcel_import(call, site: SITE, to: SITE_NAME, parcel: PARCEL_NUMBER,
+@operation("POST", "/api/parcels/import", "Imported", guarded=True, room=PARCEL_ROOM)
+def parcel_import(call, site: Field("body", "object", reads=read_site), to: SITE_NAME,
+                  parcel: PARCEL_NUMBER,
                   messages: Field("body", "array", low=0, high=PARCEL_ROWS, items=PARCEL_FIELDS),
-                  acks: Field("body", "array", low=0, high=PARCEL_ROWS, items=(
-                      SITE_NAME.bind("site", True), MESSAGE_ID.bind("id", True))),
+                  acks: Field("body", "array", low=0, high=PARCEL_ROWS, items=ACK_FIELDS),
                   previous: Field("body") = None,
+                  sites: Field("body", "object", reads=read_sites) = None,
                   seal: Field("body", pattern="[0-9a-f]{64}") = None,
                   accept_gap: Field("body", "boolean") = False,
                   dry_run: Field("body", "boolean") = False):
     """Take in some rows of a parcel that was found whole"""
-    source = origin_of({"site": site.get("id"), "id": 1}, "site").site
-    head = {"site": {"id": source, "name": str(site.get("name"))[:MAX_NAME]}, "to": to,
-            "parcel": parcel, "previous": previous}
+    head = {"site": site, "to": to, "parcel": parcel, "previous": previous, "sites": sites or {}}
     return call.app.store.parcels.take(head, [parcel_draft(call, **each) for each in unhurried(
         messages)], acks, seal, accept_gap, dry_run)
 
@@ -4508,7 +4545,7 @@ SHAPES = {
     "AckedAll": "channel ackedCount:integer",
     "Count": "channel count:integer",
     "Collected": "expired:integer acked:integer",
-    "Parcel": "site:object to parcel:integer previous:string|null replaces:string|null"
+    "Parcel": "site:object sites:object to parcel:integer previous:string|null replaces:string|null"
               " channels:any messages:integer acks:integer upto:integer",
     "ParcelRows": "messages:Message* after:integer acks:object* acksAfter:integer",
     "Sealed": "seal",
@@ -6204,9 +6241,9 @@ class Connection(Caller):
             self.exempt = self._is_local() and not client
             call.secure = call.headers.get("x-forwarded-proto", "").lower() == "https"
 
-    def receive(self, call):
+    def receive(self, call, room):
         """The whole body; refuses what is larger than --max-body before reading it."""
-        limit, length = self.settings.max_body, call.length
+        limit, length = self.settings.max_body + room, call.length
         if length is not None and length > limit:
             raise NexusError("payload_too_large", "The body has %d bytes; this server takes %d"
                              " (--max-body)." % (length, limit))
@@ -7103,8 +7140,8 @@ class Messages:
         """A parcel is written; the next one goes on after it."""
         return self._do(parcel_seal, vars())
 
-    def import_parcel(self, site, to, parcel, messages, acks, previous=None, seal=None,
-                      accept_gap=None, dry_run=None):
+    def import_parcel(self, site, to, parcel, messages, acks, previous=None, sites=None,
+                      seal=None, accept_gap=None, dry_run=None):
         """Take in some rows of a parcel, `seal` with the last ones: how many of each kind."""
         return self._do(parcel_import, vars())
 
@@ -9303,8 +9340,7 @@ def tx_export(messages, args):
         head = {"nexusParcel": 1, "site": begun["site"], "to": args.to, "parcel": number,
                 "previous": begun["previous"], "createdAt": iso(Clock().now()),
                 "channels": begun["channels"], "messages": counts[0], "acks": counts[1]}
-        if begun["replaces"]:
-            head["replaces"] = begun["replaces"]
+        head.update({name: begun[name] for name in ("sites", "replaces") if begun[name]})
         seal = write_parcel(args.file, head, spool, key)
     messages.seal_parcel(args.to, number, seal)
     show(args, dict(head, file=args.file, sha256=seal),
@@ -9335,12 +9371,28 @@ def parcel_lines(path, file):
         raise broken_parcel(path, "cannot be read (%s)" % trouble) from None
 
 
-def parcel_line(path, line, names):
+_TAKES = {field.argument: field for field in ENTRIES[parcel_import].fields}
+PARCEL_LINES = {"message": _TAKES["messages"].items, "ack": _TAKES["acks"].items, "seal": ()}
+PARCEL_HEAD = [_TAKES[name] for name in ("site", "to", "parcel", "previous", "sites", "seal")]
+
+
+def parcel_row(path, value, fields):
+    """An object of a parcel without its nulls, found fit to be imported."""
+    row = {name: each for name, each in value.items() if each is not None} \
+        if isinstance(value, dict) else {}
+    _, faults = check_fields(fields, {field: row[field.name] for field in fields
+                                      if field.name in row}, None)
+    for fault in faults:
+        raise broken_parcel(path, "is no parcel of nexus: %(field)s %(message)s" % fault)
+    return row
+
+
+def parcel_line(path, line):
     """(its one name, its value) of a line of a parcel."""
     try:
         (name, value), = parse_json(line).items()
-        if name in names:
-            return name, value
+        if name in PARCEL_LINES:
+            return name, parcel_row(path, value, PARCEL_LINES[name])
     except (ValueError, AttributeError):
         pass                            # told below
     raise broken_parcel(path, "is no parcel, or was changed: %s" % one_line(line.decode(
@@ -9352,7 +9404,8 @@ def check_parcel(path, file, key):
 
     All of it is read before anything is imported; a line that is none of a parcel's ends it.
     """
-    lines, seal, counts, found = parcel_lines(path, file), Seal(key), {"message": 0, "ack": 0}, None
+    lines, whole, found = parcel_lines(path, file), Seal(key), None
+    counts = dict.fromkeys(PARCEL_LINES, 0)
     line = next(lines, b"")
     try:
         head = parse_json(line)
@@ -9365,17 +9418,17 @@ def check_parcel(path, file, key):
     for after in lines:
         if found:
             raise broken_parcel(path, "goes on after its seal")
-        seal.update(line)
+        whole.update(line)
         line = after
         if line.startswith(b'{"seal":'):
-            found = parcel_line(path, line, ("seal",))[1]
+            found = parcel_line(path, line)[1]
         else:
-            counts[parcel_line(path, line, counts)[0]] += 1
-    made = seal.value()
-    if not isinstance(found, dict):
+            counts[parcel_line(path, line)[0]] += 1
+    made = whole.value()
+    if not found:
         raise broken_parcel(path, "was cut short: its seal is missing")
-    if found.get("sha256") != made["sha256"] or [head.get("messages"), head.get("acks")] != list(
-            counts.values()):
+    if found.get("sha256") != made["sha256"] or [head.get("messages"), head.get("acks")] != [
+            counts["message"], counts["ack"]]:
         raise broken_parcel(path, "was changed after it was sealed")
     if ("hmac" in found) != bool(key):
         raise broken_parcel(path, "is sealed %s a key: %s" % (
@@ -9383,19 +9436,22 @@ def check_parcel(path, file, key):
             ("without", "leave --key-file out if you trust it all the same")))
     if key and not same(str(found["hmac"]).encode(), made["hmac"].encode()):
         raise broken_parcel(path, "is sealed with another key")
-    return head, head.get("replaces") or made["sha256"]
+    seal = head.get("replaces") or made["sha256"]
+    parcel_row(path, dict(head, seal=seal), PARCEL_HEAD)
+    return head, seal
 
 
 def parcel_parts(path, file):
     """Yield (messages, acks) of a parcel as requests take them, and None after the last ones."""
     part, size = {"message": [], "ack": []}, 0
     for line in itertools.islice(parcel_lines(path, file), 1, None):
-        name, row = parcel_line(path, line, ("message", "ack", "seal"))
-        if name == "seal" or sum(map(len, part.values())) == PARCEL_ROWS or size > MANY_BYTES:
+        name, row = parcel_line(path, line)
+        if name == "seal" or sum(map(len, part.values())) == PARCEL_ROWS \
+                or size and size + len(line) > MANY_BYTES:
             yield part["message"], part["ack"], name == "seal"
             part, size = {"message": [], "ack": []}, 0
         if name != "seal":
-            part[name].append({field: value for field, value in row.items() if value is not None})
+            part[name].append(row)
             size += len(line)
 
 
@@ -9413,7 +9469,7 @@ def tx_import(messages, args):
         for rows, acks, last in parcel_parts(args.file, file):
             took.update(messages.import_parcel(
                 head["site"], head["to"], head["parcel"], rows, acks, head.get("previous"),
-                seal if last else None, args.accept_gap, args.dry_run))
+                head.get("sites"), seal if last else None, args.accept_gap, args.dry_run))
             if watched:
                 done = sum(took.values())
                 show_progress(done, time.monotonic() - began,
