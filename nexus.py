@@ -364,6 +364,8 @@ ERRORS = {
                              " link was withdrawn."),
     "parcel_not_found": (404, "There is no such parcel: it was never finished, or goes to another"
                               " site."),
+    "parcel_taken": (409, "Another export to this site has begun meanwhile. Nothing was exported;"
+                          " when the other has ended, the same command takes what is left."),
     "parcel_missing": (409, "A parcel before this one has not come."),
     "parcel_elsewhere": (409, "This parcel is for another site."),
     "idempotency_key_reused": (409, "This Idempotency-Key was used for another body. Take a new"
@@ -480,6 +482,7 @@ def iso(milliseconds):
     return "%s.%03dZ" % (_second(milliseconds // 1000), milliseconds % 1000)
 
 
+@functools.lru_cache(1024)      # what came together is of the same seconds
 def seconds_of(text):
     """A time on the wire as seconds since 1970, whole ones. Raises ValueError."""
     return calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
@@ -2745,7 +2748,8 @@ class Channels:
             is_new = db.execute("INSERT INTO channels (name) VALUES (?) ON CONFLICT DO NOTHING",
                                 (channel,)).rowcount
             if not (is_new and self._count(db, channel, 1, size, 1, most=most)):
-                raise slow_down("quota_exceeded", 60)
+                raise slow_down("quota_exceeded", 60, "%s (Channel %s.)" % (
+                    ERRORS["quota_exceeded"][1], one_line(channel, 60)))
 
     def _stored(self, channel, found):
         """Tell of a message that a commit has stored; returns `found`, what insert() returned."""
@@ -3132,6 +3136,7 @@ class Parcels:
 
     def __init__(self, db, channels, clock, settings):
         self.db, self.channels, self.clock, self.settings = db, channels, clock, settings
+        self._opened = {}       # site -> the mark of who opened the parcel that is being written
 
     def site(self):
         """{"id", "name"} of this server. The id is the database's and stays."""
@@ -3144,10 +3149,11 @@ class Parcels:
                                  " ORDER BY num LIMIT ?", (MAX_PARCEL_SITES,)))
 
     def begin(self, dest, chosen, again, dry_run):
-        """Open the next parcel to a site, or parcel `again` once more: (Parcel, messages, acks).
+        """Open the next parcel to a site, or parcel `again` once more.
 
-        One that was opened and never sealed, because whoever wrote it was killed, is opened again.
-        What it holds is settled now: what is sent from now on is for the next one.
+        Returns (Parcel, messages, acks, a mark without which nobody goes on with it). One that was
+        opened and never sealed, because whoever wrote it was killed, is opened again. What it holds
+        is settled now: what is sent from now on is for the next one.
         """
         def job(db):
             rows = [Parcel._make(row) for row in db.execute(
@@ -3173,12 +3179,20 @@ class Parcels:
                 db.execute("INSERT OR REPLACE INTO parcels VALUES (?,?,?,?,?,?,?,?,?)", parcel)
             return parcel
 
+        mark = secrets.token_hex(8)
         parcel = self.db.write(job)
+        if again is None and not dry_run:
+            self._opened[dest] = mark
         (messages,), = self.db.read("SELECT COUNT(*)" + _PARCEL_MESSAGES % self._where(parcel)[0],
                                     self._where(parcel)[1])
         (acks,), = self.db.read("SELECT COUNT(*)" + _PARCEL_ACKS,
                                 (parcel.acks_from, parcel.acks_upto, dest, dest))
-        return parcel, messages, acks
+        return parcel, messages, acks, mark
+
+    def _check_mark(self, dest, mark):
+        """Who opened a parcel goes on with it, until somebody opens it anew or the server ends."""
+        if mark and self._opened.setdefault(dest, mark) != mark:
+            raise NexusError("parcel_taken")
 
     def _where(self, parcel, after=0):
         """Which messages are in a parcel: (more of the condition, parameters)."""
@@ -3191,11 +3205,12 @@ class Parcels:
         return more, [first, parcel.upto, self.clock.now(), parcel.dest, parcel.dest] + [
             each for pair in floors.items() for each in pair] + chosen
 
-    def rows(self, dest, number, after, acks_after):
+    def rows(self, dest, number, after, acks_after, mark):
         """(messages' JSON texts, the last one's id, acks, the last one's seq) of a parcel.
 
         PARCEL_ROWS at a time, after those that are given: first all messages, then the acks.
         """
+        self._check_mark(dest, mark)
         found = self.db.read("SELECT * FROM parcels WHERE dest = ? AND number = ?", (dest, number))
         if not found:
             raise NexusError("parcel_not_found")
@@ -3213,9 +3228,10 @@ class Parcels:
                 [{"site": site, "id": message_id, "ackedAt": iso(acked_at)}
                  for _, site, message_id, acked_at in acks], acks[-1][0] if acks else acks_after)
 
-    def seal(self, dest, number, seal):
+    def seal(self, dest, number, seal, mark):
         """The parcel is written: the next one goes on after it. A second seal changes nothing."""
         def job(db):
+            self._check_mark(dest, mark)
             db.execute("UPDATE parcels SET seal = ? WHERE dest = ? AND number = ? AND seal IS NULL",
                        (seal, dest, number))
             return db.execute("SELECT seal FROM parcels WHERE dest = ? AND number = ?",
@@ -3238,8 +3254,8 @@ class Parcels:
                              " it there, or name this one: serve --site %s." % (
                                  head["to"], own["name"], head["to"]))
         if head["site"]["id"] == own["id"]:
-            raise NexusError("parcel_elsewhere", "This parcel was made here; it is for %s."
-                             % head["to"])
+            raise NexusError("parcel_elsewhere", "This parcel was made here, or where the database"
+                             " is a copy of the one here; it is for %s." % head["to"])
 
         def job(db, drafts, acks, seal):
             now, took = self.clock.now(), collections.Counter(imported=0, alreadyHere=0, over=0)
@@ -4292,33 +4308,35 @@ def parcel_begin(call, to: SITE_NAME,
                  again: PARCEL_NUMBER = None, dry_run: Field("body", "boolean") = False):
     """Open the next parcel to a site"""
     parcels = call.app.store.parcels
-    parcel, messages, acks = parcels.begin(
+    parcel, messages, acks, mark = parcels.begin(
         to, channels and [each["channel"] for each in channels], again, dry_run)
     return {"site": parcels.site(), "to": to, "parcel": parcel.number, "previous": parcel.previous,
             "sites": parcels.known(), "replaces": parcel.seal, "messages": messages, "acks": acks,
-            "channels": json.loads(parcel.chosen or "null"), "upto": parcel.upto}
+            "channels": json.loads(parcel.chosen or "null"), "upto": parcel.upto,
+            "opened": None if again else mark}
 
 
 @operation("GET", "/api/parcels/{to}/{number}", "ParcelRows", guarded=True)
 def parcel_rows(call, to: PATH_SITE, number: PATH_NUMBER, after: AFTER_ID = 0,
-                acks_after: AFTER_ID = 0):
+                acks_after: AFTER_ID = 0, opened: Field("query") = None):
     """Read what a parcel holds, some rows at a time"""
-    texts, last, acks, last_ack = call.app.store.parcels.rows(to, number, after, acks_after)
+    texts, last, acks, last_ack = call.app.store.parcels.rows(to, number, after, acks_after,
+                                                               opened)
     return Reply('{"messages":[%s],"after":%d,"acks":%s,"acksAfter":%d}' % (
         ",".join(texts), last, to_json(acks), last_ack))
 
 
 @operation("POST", "/api/parcels/{to}/{number}/seal", "Sealed", guarded=True)
 def parcel_seal(call, to: PATH_SITE, number: PATH_NUMBER,
-                seal: Field("body", pattern="[0-9a-f]{64}")):
+                seal: Field("body", pattern="[0-9a-f]{64}"), opened: Field("body") = None):
     """A parcel is written: the next one goes on after it"""
-    return {"seal": call.app.store.parcels.seal(to, number, seal)}
+    return {"seal": call.app.store.parcels.seal(to, number, seal, opened)}
 
 
 def read_moment(text):
     """A time on the wire as milliseconds since 1970. Raises ValueError."""
     try:
-        return seconds_of(text) * 1000 + int(text[20:23])
+        return seconds_of(text[:19]) * 1000 + int(text[20:23])
     except ValueError:
         raise ValueError("must be a time such as 2026-11-26T16:00:00.000Z") from None
 
@@ -4546,7 +4564,7 @@ SHAPES = {
     "Count": "channel count:integer",
     "Collected": "expired:integer acked:integer",
     "Parcel": "site:object sites:object to parcel:integer previous:string|null replaces:string|null"
-              " channels:any messages:integer acks:integer upto:integer",
+              " channels:any messages:integer acks:integer upto:integer opened:string|null",
     "ParcelRows": "messages:Message* after:integer acks:object* acksAfter:integer",
     "Sealed": "seal",
     "Imported": "imported:integer alreadyHere:integer over:integer acked:integer",
@@ -7132,11 +7150,11 @@ class Messages:
         channels = channels and [{"channel": each} for each in channels]
         return self._do(parcel_begin, vars())
 
-    def parcel_rows(self, to, number, after=0, acks_after=0):
+    def parcel_rows(self, to, number, after=0, acks_after=0, opened=None):
         """Some rows of a parcel: {"messages", "after", "acks", "acksAfter"}."""
         return self._do(parcel_rows, vars())
 
-    def seal_parcel(self, to, number, seal):
+    def seal_parcel(self, to, number, seal, opened=None):
         """A parcel is written; the next one goes on after it."""
         return self._do(parcel_seal, vars())
 
@@ -9278,7 +9296,7 @@ def spool_parcel(messages, head, spool, watched):
     """Write the rows of a parcel into a file, a line each; how many messages and acks there are."""
     counts, place, began = [0, 0], (0, 0), time.monotonic()
     while True:
-        page = messages.parcel_rows(head["to"], head["parcel"], *place)
+        page = messages.parcel_rows(head["to"], head["parcel"], *place, head["opened"])
         place = page["after"], page["acksAfter"]
         for position, name in enumerate(("messages", "acks")):
             for row in page[name]:
@@ -9308,12 +9326,9 @@ def write_parcel(path, head, spool, key):
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except BaseException as trouble:
+    except BaseException:
         State._unlink(draft)
-        if not isinstance(trouble, OSError):
-            raise
-        raise NexusError("export_failed", "Nothing was exported to %s: %s. The same command begins"
-                         " anew." % (path, trouble.strerror), status=400) from None
+        raise
     if os.name == "posix":
         sync(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     return seal.value()["sha256"]
@@ -9332,33 +9347,45 @@ def tx_export(messages, args):
              if not (begun["messages"] or begun["acks"]) else
              "Parcel %(parcel)d for %(to)s would hold %(messages)d message(s), %(acks)d ack(s)")
         return
-    with tempfile.TemporaryFile() as spool:     # the counts of the first line come last
-        watched = sys.stderr.isatty()
-        counts = spool_parcel(messages, begun, spool, watched)
-        if watched:
-            put(sys.stderr, " " * 50, end="\r")
-        head = {"nexusParcel": 1, "site": begun["site"], "to": args.to, "parcel": number,
-                "previous": begun["previous"], "createdAt": iso(Clock().now()),
-                "channels": begun["channels"], "messages": counts[0], "acks": counts[1]}
-        head.update({name: begun[name] for name in ("sites", "replaces") if begun[name]})
-        seal = write_parcel(args.file, head, spool, key)
-    messages.seal_parcel(args.to, number, seal)
+    head = {"nexusParcel": 1, "site": begun["site"], "to": args.to, "parcel": number,
+            "previous": begun["previous"], "createdAt": iso(Clock().now()),
+            "channels": begun["channels"]}
+    watched = sys.stderr.isatty()
+    try:
+        with tempfile.TemporaryFile() as spool:     # the counts of the first line come last
+            head["messages"], head["acks"] = spool_parcel(messages, begun, spool, watched)
+            if watched:
+                put(sys.stderr, " " * 50, end="\r")
+            head.update({name: begun[name] for name in ("sites", "replaces") if begun[name]})
+            seal = write_parcel(args.file, head, spool, key)
+    except OSError as trouble:
+        raise NexusError("export_failed", "Nothing was exported to %s: %s (room is needed there and"
+                         " in %s). The same command begins anew." % (
+                             args.file, trouble.strerror, tempfile.gettempdir()),
+                         status=400) from None
+    try:
+        messages.seal_parcel(args.to, number, seal, begun["opened"])
+    except NexusError as refusal:
+        if refusal.code == "parcel_taken":
+            State._unlink(args.file)
+        raise
     show(args, dict(head, file=args.file, sha256=seal),
          "Parcel %(parcel)d for %(to)s: %(messages)d message(s), %(acks)d ack(s) in %(file)s")
 
 
 def broken_parcel(path, why):
     """The refusal of a file that is not what a site has sealed."""
-    return NexusError("broken_parcel", "%s %s. Nothing was imported." % (path, why), status=400)
+    return NexusError("broken_parcel", "%s %s." % (path, why), status=400)
 
 
 def parcel_lines(path, file):
     """The lines of a parcel, packed or not, one at a time. Raises broken_parcel."""
-    file.seek(0)
-    packed = file.read(2) == b"\x1f\x8b"
-    file.seek(0)
-    stream, number = gzip.GzipFile(fileobj=file) if packed else file, 0
+    number = 0
     try:
+        file.seek(0)
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        stream = gzip.GzipFile(fileobj=file) if packed else file
         for line in iter(lambda: stream.readline(LINE_BYTES + 1), b""):
             number += 1
             if not line.endswith(b"\n"):
@@ -9464,16 +9491,26 @@ def tx_import(messages, args):
     except OSError as trouble:
         raise NexusError("no_parcel", "Cannot read %s: %s." % (args.file, trouble.strerror),
                          status=404) from None
-    with file:
-        head, seal = check_parcel(args.file, file, key)
-        for rows, acks, last in parcel_parts(args.file, file):
-            took.update(messages.import_parcel(
-                head["site"], head["to"], head["parcel"], rows, acks, head.get("previous"),
-                head.get("sites"), seal if last else None, args.accept_gap, args.dry_run))
-            if watched:
-                done = sum(took.values())
-                show_progress(done, time.monotonic() - began,
-                              done / (head["messages"] + head["acks"] or 1))
+    try:
+        with file:
+            head, seal = check_parcel(args.file, file, key)
+            for rows, acks, last in parcel_parts(args.file, file):
+                took.update(messages.import_parcel(
+                    head["site"], head["to"], head["parcel"], rows, acks, head.get("previous"),
+                    head.get("sites"), seal if last else None, args.accept_gap, args.dry_run))
+                if watched:
+                    done = sum(took.values())
+                    show_progress(done, time.monotonic() - began,
+                                  done / (head["messages"] + head["acks"] or 1))
+    except (NexusError, KeyboardInterrupt) as trouble:
+        how_far = "%d message(s) and ack(s) of it were taken, maybe some more; the same command" \
+                  " takes the rest." % sum(took.values()) if took and not args.dry_run \
+                  else "Nothing was imported."
+        if not isinstance(trouble, NexusError):
+            tip(how_far)
+            raise
+        trouble.message += " " + how_far
+        raise
     if watched:
         put(sys.stderr, " " * 50, end="\r")
     show(args, dict(took, site=head["site"], parcel=head["parcel"]), (
