@@ -7225,7 +7225,7 @@ class Parcels(Case):
         self.take("field", self.export("lab", "field"))
         self.take("home", self.export("field", "home"))
         self.assertIsNone(self.export("home", "field"))         # it came from there
-        self.assertIsNone(self.export("home", "lab"))           # it began there: field told who lab is
+        self.assertIsNone(self.export("home", "lab"))           # it began there
         self.clients["home"].ack(1)
         self.clients["home"].gc(0)                              # the ack stays known
         self.assertEqual(self.take("field", self.export("home", "field")), (0, 0, 0, 1))
