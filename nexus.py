@@ -1320,7 +1320,7 @@ CREATE TABLE sites (        -- this server, whose num is 0, and those of which i
     id          TEXT NOT NULL UNIQUE,
     name        TEXT NOT NULL);
 INSERT INTO sites VALUES (0, lower(hex(randomblob(8))), '');
-CREATE TABLE arrivals (     -- every message that ever came in a parcel: so it comes in once
+CREATE TABLE arrivals (     -- the messages that came in parcels: so each comes in once
     site        INTEGER NOT NULL,            -- where it began, and its id there
     id          INTEGER NOT NULL,
     here        INTEGER NOT NULL UNIQUE,     -- its id here
@@ -1358,6 +1358,12 @@ CREATE TABLE parcels (      -- what each parcel to each site holds, so that it c
 CREATE TABLE watches (      -- links with which anybody may read a session along
     token_hash  BLOB PRIMARY KEY,
     session     INTEGER NOT NULL) WITHOUT ROWID;
+""", """
+CREATE TABLE gone (         -- of arrivals whose message is deleted: ids from first to last, no gap
+    site        INTEGER NOT NULL,
+    last        INTEGER NOT NULL,
+    first       INTEGER NOT NULL,
+    PRIMARY KEY (site, last)) WITHOUT ROWID;
 """)
 APPLICATION_ID = 0x6E657875     # "nexu": tells our files from other SQLite databases
 
@@ -3103,8 +3109,27 @@ class Channels:
 
     def _remove(self, db, ids):
         self.db.unscrubbed = True
+        self._forget(db, ids)
         return self._counting(db, ids, lambda: db.execute("DELETE FROM messages WHERE "
                                                           + any_of("id", ids), ids).rowcount)
+
+    @staticmethod
+    def _forget(db, ids):
+        """Of messages that came in parcels keep that they came: as ranges, which grow together."""
+        came = db.execute("SELECT site, id FROM arrivals WHERE %s ORDER BY site, id"
+                          % any_of("here", ids), ids).fetchall()
+        for _, run in itertools.groupby(enumerate(came), lambda each: (
+                each[1][0], each[1][1] - each[0])):
+            run = [each for _, each in run]
+            (site, first), (_, last) = run[0], run[-1]
+            for low, high in db.execute("SELECT first, last FROM gone WHERE site = ? AND last >= ?"
+                                        " ORDER BY last LIMIT 2", (site, first - 1)).fetchall():
+                if low <= last + 1:
+                    db.execute("DELETE FROM gone WHERE site = ? AND last = ?", (site, high))
+                    first, last = min(first, low), max(last, high)
+            db.execute("INSERT INTO gone VALUES (?, ?, ?)", (site, last, first))
+        if came:
+            db.execute("DELETE FROM arrivals WHERE " + any_of("here", ids), ids)
 
 
 # ----------------------------------------------------------------------------------------
@@ -3265,8 +3290,7 @@ class Parcels:
             channels = set()
             for draft, origin in drafts:
                 site = self._number_of(db, origin.site, head["sites"].get(origin.site), dry_run)
-                if site == 0 or db.execute("SELECT 1 FROM arrivals WHERE site = ? AND id = ?",
-                                           (site, origin.id)).fetchone():
+                if site == 0 or self._has_come(db, site, origin.id):
                     took["alreadyHere"] += 1
                 elif draft.expires_at is not None and draft.expires_at <= now:
                     took["over"] += 1
@@ -3295,6 +3319,13 @@ class Parcels:
             for channel in channels:
                 self.channels.tell_of(channel)
         return took
+
+    @staticmethod
+    def _has_come(db, site, message_id):
+        """Did this message come in a parcel before, be it here or deleted?"""
+        return db.execute("SELECT 1 FROM arrivals WHERE site = ?1 AND id = ?2 UNION ALL SELECT 1"
+                          " FROM (SELECT first FROM gone WHERE site = ?1 AND last >= ?2 ORDER BY"
+                          " last LIMIT 1) WHERE first <= ?2", (site, message_id)).fetchone()
 
     @staticmethod
     def _number_of(db, site, name, dry_run, at_first_hand=False):

@@ -7212,6 +7212,26 @@ class Parcels(Case):
         self.assertEqual(self.contents("field"), [])
         self.assertIsNone(self.export("field", "home"))         # what is done goes nowhere
 
+    def test_what_came_and_is_gone_is_remembered_in_few_rows(self):
+        store, pick, everything = self.sites["field"].store, random.Random(3), range(1, 121)
+        self.send("lab", *map(str, everything))
+        path = self.export("lab", "field")
+        self.take("field", path)
+        left, rows = list(everything), lambda: store.db.read(
+            "SELECT first, last FROM gone ORDER BY last")
+        pick.shuffle(left)
+        while left:
+            some = sorted(left.pop() for _ in range(min(len(left), pick.randrange(1, 9))))
+            store.db.write(lambda db: store.channels._remove(db, some))
+            kept = {number for first, last in rows() for number in range(first, last + 1)}
+            self.assertEqual(kept, set(everything) - set(left))
+            self.assertTrue(all(low[1] + 1 < high[0] for low, high in zip(rows(), rows()[1:])))
+            self.assertEqual(store.db.read("SELECT COUNT(*) FROM arrivals"), [(len(left),)])
+            if len(left) % 3 == 0:
+                self.assertEqual(self.take("field", path), (0, 120, 0, 0))
+        self.assertEqual(rows(), [(1, 120)])
+        self.assertEqual(self.take("field", path), (0, 120, 0, 0))
+
     def test_who_waits_is_woken_by_what_comes_in(self):
         self.send("lab", "hello")
         path = self.export("lab", "field")
