@@ -3202,12 +3202,11 @@ class Parcels:
                             last.acks_upto if last else 0, acks, last and last.seal, None)
             if not dry_run:
                 db.execute("INSERT OR REPLACE INTO parcels VALUES (?,?,?,?,?,?,?,?,?)", parcel)
+                self._opened[dest] = mark       # here, where nobody else opens one
             return parcel
 
         mark = secrets.token_hex(8)
         parcel = self.db.write(job)
-        if again is None and not dry_run:
-            self._opened[dest] = mark
         (messages,), = self.db.read("SELECT COUNT(*)" + _PARCEL_MESSAGES % self._where(parcel)[0],
                                     self._where(parcel)[1])
         (acks,), = self.db.read("SELECT COUNT(*)" + _PARCEL_ACKS,
