@@ -132,10 +132,10 @@ MAX_LEASE_SECONDS = 3600        # a worker that needs longer extends its lease
 MANY_BYTES = 500000             # of them in a request of our client: half of --max-body
 MAX_MANY = 1000                 # messages sent, or acks, in one request and one commit
 MANY_SECONDS = 0.05             # lines on stdin that come within this go in one request
-PARCEL_ROWS = 200               # messages or acks of a parcel in one request
+PARCEL_ROWS = 50                # messages or acks of a parcel in one request: 2 ms to parse
 PARCEL_ROOM = 1048576           # bytes of an import's body beyond --max-body: a message and all its
                                 # fields are longer than the body that it was sent in
-PARCEL_COMMIT = 25              # of them in one commit: a sender waits for 1 ms of them
+PARCEL_COMMIT = 10              # of them in one commit: a sender waits for two of these at most
 MAX_PARCEL_CHANNELS = 100       # channels that one export may choose
 MAX_PARCEL_SITES = 100          # sites whose names a parcel carries: 100 kB at the most
 RESTORED_IDS = 10 ** 9          # ids passed over by restore: more than a backup can have missed
@@ -9444,12 +9444,12 @@ def parcel_row(path, value, fields):
     return row
 
 
-def parcel_line(path, line):
-    """(its one name, its value) of a line of a parcel."""
+def parcel_line(path, line, checks):
+    """(its one name, its value) of a line of a parcel; `checks` has the fields for each name."""
     try:
         (name, value), = parse_json(line).items()
-        if name in PARCEL_LINES:
-            return name, parcel_row(path, value, PARCEL_LINES[name])
+        if name in checks:
+            return name, parcel_row(path, value, checks[name])
     except (ValueError, AttributeError):
         pass                            # told below
     raise broken_parcel(path, "is no parcel, or was changed: %s" % one_line(line.decode(
@@ -9478,9 +9478,9 @@ def check_parcel(path, file, key):
         whole.update(line)
         line = after
         if line.startswith(b'{"seal":'):
-            found = parcel_line(path, line)[1]
+            found = parcel_line(path, line, PARCEL_LINES)[1]
         else:
-            counts[parcel_line(path, line)[0]] += 1
+            counts[parcel_line(path, line, PARCEL_LINES)[0]] += 1
     made = whole.value()
     if not found:
         raise broken_parcel(path, "was cut short: its seal is missing")
@@ -9500,9 +9500,9 @@ def check_parcel(path, file, key):
 
 def parcel_parts(path, file):
     """Yield (messages, acks) of a parcel as requests take them, and None after the last ones."""
-    part, size = {"message": [], "ack": []}, 0
+    part, size, unchecked = {"message": [], "ack": []}, 0, dict.fromkeys(PARCEL_LINES, ())
     for line in itertools.islice(parcel_lines(path, file), 1, None):
-        name, row = parcel_line(path, line)
+        name, row = parcel_line(path, line, unchecked)
         if name == "seal" or sum(map(len, part.values())) == PARCEL_ROWS \
                 or size and size + len(line) > MANY_BYTES:
             yield part["message"], part["ack"], name == "seal"
