@@ -135,7 +135,6 @@ MANY_SECONDS = 0.05             # lines on stdin that come within this go in one
 PARCEL_ROWS = 50                # messages or acks of a parcel in one request: 2 ms to parse
 PARCEL_ROOM = 1048576           # bytes of an import's body beyond --max-body: a message and all its
                                 # fields are longer than the body that it was sent in
-PARCEL_COMMIT = 10              # of them in one commit: a sender waits for two of these at most
 MAX_PARCEL_CHANNELS = 100       # channels that one export may choose
 MAX_PARCEL_SITES = 100          # sites whose names a parcel carries: 100 kB at the most
 RESTORED_IDS = 10 ** 9          # ids passed over by restore: more than a backup can have missed
@@ -1670,17 +1669,17 @@ class Database:
         """
         return Pending(self, job).wait()
 
-    def in_steps(self, keys, work):
+    def in_steps(self, keys, work, nothing=0):
         """work(connection, some keys) in commits that end by the clock, until all are done.
 
-        Yields the sum of what work returned in each. A key's row may be gone by then.
+        Yields the sum of `nothing` and what work returned in each. A key's row may be gone by then.
         """
         done, seconds = 0, STEP_SECONDS
         while done < len(keys):
             def job(db):
-                ends, at, size, total = time.perf_counter() + seconds, done, 1, 0
+                ends, at, size, total = time.perf_counter() + seconds, done, 1, nothing
                 while at < len(keys) and (at == done or time.perf_counter() < ends):
-                    total += work(db, keys[at:at + size])
+                    total = total + work(db, keys[at:at + size])
                     at, size = at + size, min(2 * size, GROUP)      # they may be of 1 MiB each
                 return at, total
             began = time.perf_counter()
@@ -2763,9 +2762,10 @@ class Channels:
             self.tell_of(channel)
         return found
 
-    def tell_of(self, channel):
+    def tell_of(self, channel, count=1):
         """A commit has stored something new there: wake who waits for it."""
-        self.sent = next(self._sent_so_far)
+        for _ in range(count):
+            self.sent = next(self._sent_so_far)
         self.waiters.notify(channel_place(channel))
 
     # The calls of the seed.
@@ -3281,13 +3281,15 @@ class Parcels:
             raise NexusError("parcel_elsewhere", "This parcel was made here, or where the database"
                              " is a copy of the one here; it is for %s." % head["to"])
 
-        def job(db, drafts, acks, seal):
-            now, took = self.clock.now(), collections.Counter(imported=0, alreadyHere=0, over=0)
+        def begin(db):
             via = self._number_of(db, head["site"]["id"], head["site"]["name"], dry_run, True)
             if not accept_gap:
                 self._check_gap(db, via, head)
-            channels = set()
-            for draft, origin in drafts:
+            return via, self.clock.now()
+
+        def store(db, some):
+            (via, now), took = begin(db), collections.Counter()
+            for draft, origin in some:
                 site = self._number_of(db, origin.site, head["sites"].get(origin.site), dry_run)
                 if site == 0 or self._has_come(db, site, origin.id):
                     took["alreadyHere"] += 1
@@ -3299,24 +3301,27 @@ class Parcels:
                         self.channels.insert(db, draft)
                         db.execute("INSERT INTO arrivals VALUES (?, ?, last_insert_rowid(), ?)",
                                    (site, origin.id, via))
-                        channels.add(draft.channel)
-            took["acked"] = self._ack(db, acks, now, dry_run)
+            return took
+
+        def finish(db):
+            via, now = begin(db)
             if seal and not dry_run:
                 db.execute("INSERT INTO received VALUES (?, ?, ?, ?) ON CONFLICT (site, dest) DO"
                            " UPDATE SET number = excluded.number, seal = excluded.seal"
                            " WHERE excluded.number >= number", (via, head["to"], head["parcel"],
                                                                 seal))
-            return took, channels
+            return self._ack(db, acks, now, dry_run)
 
-        took = collections.Counter()
-        for start in range(0, max(1, len(drafts)), PARCEL_COMMIT):
-            last = start + PARCEL_COMMIT >= len(drafts)
-            found, channels = self.db.write(functools.partial(
-                job, drafts=drafts[start:start + PARCEL_COMMIT], acks=acks if last else (),
-                seal=last and seal))
+        took, at = collections.Counter(imported=0, alreadyHere=0, over=0, acked=0), 0
+        for found in self.db.in_steps(drafts, store, collections.Counter()):
             took.update(found)
-            for channel in channels:
-                self.channels.tell_of(channel)
+            some, at = drafts[at:at + sum(found.values())], at + sum(found.values())
+            new = 0 if dry_run else found["imported"]
+            for channel in {draft.channel for draft, _ in some} if new else ():
+                self.channels.tell_of(channel, new)
+                new = 0
+        if acks or seal or not drafts:
+            took["acked"] = self.db.write(finish)
         return took
 
     @staticmethod

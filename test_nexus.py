@@ -7204,6 +7204,7 @@ class Parcels(Case):
         self.sites["field"].clock.advance(6)
         self.assertEqual(self.take("field", path, "--dry-run"), (3, 0, 1, 0))
         self.assertEqual(self.take("field", path), (3, 0, 1, 0))
+        self.assertEqual(self.sites["field"].store.channels.sent, 4)
         self.assertEqual(self.contents("field"), ["own", "1", "2", "3"])
         self.assertEqual(self.take("field", path), (0, 3, 1, 0))
         self.clients["field"].ack_all("c")
