@@ -3014,7 +3014,7 @@ class Readers(DiskCase):
         self.db = None
         with open(self.path, "r+b") as file:
             file.seek(os.path.getsize(self.path) // 8192 * 4096)
-            file.write(b"\xa5" * 4096)              # a page in the middle
+            file.write(b"\xa5" * 8192)              # two pages in the middle, one of each
         with Server(db=self.path) as server:
             self.assertEqual(self.send(server), 201)
             found = server.call("GET", "/api/messages/inbox/c1?limit=1000")
