@@ -132,9 +132,11 @@ MAX_LEASE_SECONDS = 3600        # a worker that needs longer extends its lease
 MANY_BYTES = 500000             # of them in a request of our client: half of --max-body
 MAX_MANY = 1000                 # messages sent, or acks, in one request and one commit
 MANY_SECONDS = 0.05             # lines on stdin that come within this go in one request
-PARCEL_ROWS = 200               # messages or acks of a parcel in one request
-PARCEL_COMMIT = 25              # of them in one commit: a sender waits for 1 ms of them
+PARCEL_ROWS = 50                # messages or acks of a parcel in one request: 2 ms to parse
+PARCEL_ROOM = 1048576           # bytes of an import's body beyond --max-body: a message and all its
+                                # fields are longer than the body that it was sent in
 MAX_PARCEL_CHANNELS = 100       # channels that one export may choose
+MAX_PARCEL_SITES = 100          # sites whose names a parcel carries: 100 kB at the most
 RESTORED_IDS = 10 ** 9          # ids passed over by restore: more than a backup can have missed
 KEY_BYTES = 32                  # the least that the file of a parcel's key may hold
 DEFAULT_CHANNELS = 100          # channels in one answer when no limit is given
@@ -361,6 +363,8 @@ ERRORS = {
                              " link was withdrawn."),
     "parcel_not_found": (404, "There is no such parcel: it was never finished, or goes to another"
                               " site."),
+    "parcel_taken": (409, "Another export to this site has begun meanwhile. Nothing was exported;"
+                          " when the other has ended, the same command takes what is left."),
     "parcel_missing": (409, "A parcel before this one has not come."),
     "parcel_elsewhere": (409, "This parcel is for another site."),
     "idempotency_key_reused": (409, "This Idempotency-Key was used for another body. Take a new"
@@ -477,6 +481,7 @@ def iso(milliseconds):
     return "%s.%03dZ" % (_second(milliseconds // 1000), milliseconds % 1000)
 
 
+@functools.lru_cache(1024)      # what came together is of the same seconds
 def seconds_of(text):
     """A time on the wire as seconds since 1970, whole ones. Raises ValueError."""
     return calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
@@ -1314,7 +1319,7 @@ CREATE TABLE sites (        -- this server, whose num is 0, and those of which i
     id          TEXT NOT NULL UNIQUE,
     name        TEXT NOT NULL);
 INSERT INTO sites VALUES (0, lower(hex(randomblob(8))), '');
-CREATE TABLE arrivals (     -- every message that ever came in a parcel: so it comes in once
+CREATE TABLE arrivals (     -- the messages that came in parcels: so each comes in once
     site        INTEGER NOT NULL,            -- where it began, and its id there
     id          INTEGER NOT NULL,
     here        INTEGER NOT NULL UNIQUE,     -- its id here
@@ -1352,6 +1357,12 @@ CREATE TABLE parcels (      -- what each parcel to each site holds, so that it c
 CREATE TABLE watches (      -- links with which anybody may read a session along
     token_hash  BLOB PRIMARY KEY,
     session     INTEGER NOT NULL) WITHOUT ROWID;
+""", """
+CREATE TABLE gone (         -- of arrivals whose message is deleted: ids from first to last, no gap
+    site        INTEGER NOT NULL,
+    last        INTEGER NOT NULL,
+    first       INTEGER NOT NULL,
+    PRIMARY KEY (site, last)) WITHOUT ROWID;
 """)
 APPLICATION_ID = 0x6E657875     # "nexu": tells our files from other SQLite databases
 
@@ -1658,17 +1669,17 @@ class Database:
         """
         return Pending(self, job).wait()
 
-    def in_steps(self, keys, work):
+    def in_steps(self, keys, work, nothing=0):
         """work(connection, some keys) in commits that end by the clock, until all are done.
 
-        Yields the sum of what work returned in each. A key's row may be gone by then.
+        Yields the sum of `nothing` and what work returned in each. A key's row may be gone by then.
         """
         done, seconds = 0, STEP_SECONDS
         while done < len(keys):
             def job(db):
-                ends, at, size, total = time.perf_counter() + seconds, done, 1, 0
+                ends, at, size, total = time.perf_counter() + seconds, done, 1, nothing
                 while at < len(keys) and (at == done or time.perf_counter() < ends):
-                    total += work(db, keys[at:at + size])
+                    total = total + work(db, keys[at:at + size])
                     at, size = at + size, min(2 * size, GROUP)      # they may be of 1 MiB each
                 return at, total
             began = time.perf_counter()
@@ -2760,7 +2771,8 @@ class Channels:
             is_new = db.execute("INSERT INTO channels (name) VALUES (?) ON CONFLICT DO NOTHING",
                                 (channel,)).rowcount
             if not (is_new and self._count(db, channel, 1, size, 1, most=most)):
-                raise slow_down("quota_exceeded", 60)
+                raise slow_down("quota_exceeded", 60, "%s (Channel %s.)" % (
+                    ERRORS["quota_exceeded"][1], one_line(channel, 60)))
 
     def _stored(self, channel, found):
         """Tell of a message that a commit has stored; returns `found`, what insert() returned."""
@@ -2768,9 +2780,10 @@ class Channels:
             self.tell_of(channel)
         return found
 
-    def tell_of(self, channel):
+    def tell_of(self, channel, count=1):
         """A commit has stored something new there: wake who waits for it."""
-        self.sent = next(self._sent_so_far)
+        for _ in range(count):
+            self.sent = next(self._sent_so_far)
         self.waiters.notify(channel_place(channel))
 
     # The calls of the seed.
@@ -3114,8 +3127,27 @@ class Channels:
 
     def _remove(self, db, ids):
         self.db.unscrubbed = True
+        self._forget(db, ids)
         return self._counting(db, ids, lambda: db.execute("DELETE FROM messages WHERE "
                                                           + any_of("id", ids), ids).rowcount)
+
+    @staticmethod
+    def _forget(db, ids):
+        """Of messages that came in parcels keep that they came: as ranges, which grow together."""
+        came = db.execute("SELECT site, id FROM arrivals WHERE %s ORDER BY site, id"
+                          % any_of("here", ids), ids).fetchall()
+        for _, run in itertools.groupby(enumerate(came), lambda each: (
+                each[1][0], each[1][1] - each[0])):
+            run = [each for _, each in run]
+            (site, first), (_, last) = run[0], run[-1]
+            for low, high in db.execute("SELECT first, last FROM gone WHERE site = ? AND last >= ?"
+                                        " ORDER BY last LIMIT 2", (site, first - 1)).fetchall():
+                if low <= last + 1:
+                    db.execute("DELETE FROM gone WHERE site = ? AND last = ?", (site, high))
+                    first, last = min(first, low), max(last, high)
+            db.execute("INSERT INTO gone VALUES (?, ?, ?)", (site, last, first))
+        if came:
+            db.execute("DELETE FROM arrivals WHERE " + any_of("here", ids), ids)
 
 
 # ----------------------------------------------------------------------------------------
@@ -3147,17 +3179,24 @@ class Parcels:
 
     def __init__(self, db, channels, clock, settings):
         self.db, self.channels, self.clock, self.settings = db, channels, clock, settings
+        self._opened = {}       # site -> the mark of who opened the parcel that is being written
 
     def site(self):
         """{"id", "name"} of this server. The id is the database's and stays."""
         (own,), = self.db.read("SELECT id FROM sites WHERE num = 0")
         return {"id": own, "name": self.settings.site or own}
 
-    def begin(self, dest, chosen, again, dry_run):
-        """Open the next parcel to a site, or parcel `again` once more: (Parcel, messages, acks).
+    def known(self):
+        """{id: name} of the sites of which this one has heard; for those that never meet them."""
+        return dict(self.db.read("SELECT id, name FROM sites WHERE num > 0 AND name != id"
+                                 " ORDER BY num LIMIT ?", (MAX_PARCEL_SITES,)))
 
-        One that was opened and never sealed, because whoever wrote it was killed, is opened again.
-        What it holds is settled now: what is sent from now on is for the next one.
+    def begin(self, dest, chosen, again, dry_run):
+        """Open the next parcel to a site, or parcel `again` once more.
+
+        Returns (Parcel, messages, acks, a mark without which nobody goes on with it). One that was
+        opened and never sealed, because whoever wrote it was killed, is opened again. What it holds
+        is settled now: what is sent from now on is for the next one.
         """
         def job(db):
             rows = [Parcel._make(row) for row in db.execute(
@@ -3181,30 +3220,39 @@ class Parcels:
                             last.acks_upto if last else 0, acks, last and last.seal, None)
             if not dry_run:
                 db.execute("INSERT OR REPLACE INTO parcels VALUES (?,?,?,?,?,?,?,?,?)", parcel)
+                self._opened[dest] = mark       # here, where nobody else opens one
             return parcel
 
+        mark = secrets.token_hex(8)
         parcel = self.db.write(job)
         (messages,), = self.db.read("SELECT COUNT(*)" + _PARCEL_MESSAGES % self._where(parcel)[0],
                                     self._where(parcel)[1])
         (acks,), = self.db.read("SELECT COUNT(*)" + _PARCEL_ACKS,
                                 (parcel.acks_from, parcel.acks_upto, dest, dest))
-        return parcel, messages, acks
+        return parcel, messages, acks, mark
+
+    def _check_mark(self, dest, mark):
+        """Who opened a parcel goes on with it, until somebody opens it anew or the server ends."""
+        if mark and self._opened.setdefault(dest, mark) != mark:
+            raise NexusError("parcel_taken")
 
     def _where(self, parcel, after=0):
         """Which messages are in a parcel: (more of the condition, parameters)."""
         floors = json.loads(parcel.floors)
         chosen, first = json.loads(parcel.chosen or "[]"), max(after, floors.pop(""))
+        floors = {name: floor for name, floor in floors.items() if not chosen or name in chosen}
         # The + keeps SQLite going by id, through all, and not by channel, sorting each page.
-        more = " AND NOT (+m.channel = ? AND m.id <= ?)" * len(floors) \
-            + (" AND +" + any_of("m.channel", chosen) if chosen else "")
+        more = (" AND m.id > CASE m.channel%s ELSE 0 END" % (" WHEN ? THEN ?" * len(floors))
+                if floors else "") + (" AND +" + any_of("m.channel", chosen) if chosen else "")
         return more, [first, parcel.upto, self.clock.now(), parcel.dest, parcel.dest] + [
             each for pair in floors.items() for each in pair] + chosen
 
-    def rows(self, dest, number, after, acks_after):
+    def rows(self, dest, number, after, acks_after, mark):
         """(messages' JSON texts, the last one's id, acks, the last one's seq) of a parcel.
 
         PARCEL_ROWS at a time, after those that are given: first all messages, then the acks.
         """
+        self._check_mark(dest, mark)
         found = self.db.read("SELECT * FROM parcels WHERE dest = ? AND number = ?", (dest, number))
         if not found:
             raise NexusError("parcel_not_found")
@@ -3222,9 +3270,10 @@ class Parcels:
                 [{"site": site, "id": message_id, "ackedAt": iso(acked_at)}
                  for _, site, message_id, acked_at in acks], acks[-1][0] if acks else acks_after)
 
-    def seal(self, dest, number, seal):
+    def seal(self, dest, number, seal, mark):
         """The parcel is written: the next one goes on after it. A second seal changes nothing."""
         def job(db):
+            self._check_mark(dest, mark)
             db.execute("UPDATE parcels SET seal = ? WHERE dest = ? AND number = ? AND seal IS NULL",
                        (seal, dest, number))
             return db.execute("SELECT seal FROM parcels WHERE dest = ? AND number = ?",
@@ -3247,19 +3296,20 @@ class Parcels:
                              " it there, or name this one: serve --site %s." % (
                                  head["to"], own["name"], head["to"]))
         if head["site"]["id"] == own["id"]:
-            raise NexusError("parcel_elsewhere", "This parcel was made here; it is for %s."
-                             % head["to"])
+            raise NexusError("parcel_elsewhere", "This parcel was made here, or where the database"
+                             " is a copy of the one here; it is for %s." % head["to"])
 
-        def job(db, drafts, acks, seal):
-            now, took = self.clock.now(), collections.Counter(imported=0, alreadyHere=0, over=0)
-            via = self._number_of(db, head["site"]["id"], head["site"]["name"], dry_run)
+        def begin(db):
+            via = self._number_of(db, head["site"]["id"], head["site"]["name"], dry_run, True)
             if not accept_gap:
                 self._check_gap(db, via, head)
-            channels = set()
-            for draft, origin in drafts:
-                site = self._number_of(db, origin.site, None, dry_run)
-                if site == 0 or db.execute("SELECT 1 FROM arrivals WHERE site = ? AND id = ?",
-                                           (site, origin.id)).fetchone():
+            return via, self.clock.now()
+
+        def store(db, some):
+            (via, now), took = begin(db), collections.Counter()
+            for draft, origin in some:
+                site = self._number_of(db, origin.site, head["sites"].get(origin.site), dry_run)
+                if site == 0 or self._has_come(db, site, origin.id):
                     took["alreadyHere"] += 1
                 elif draft.expires_at is not None and draft.expires_at <= now:
                     took["over"] += 1
@@ -3269,34 +3319,49 @@ class Parcels:
                         self.channels.insert(db, draft)
                         db.execute("INSERT INTO arrivals VALUES (?, ?, last_insert_rowid(), ?)",
                                    (site, origin.id, via))
-                        channels.add(draft.channel)
-            took["acked"] = self._ack(db, acks, now, dry_run)
+            return took
+
+        def finish(db):
+            via, now = begin(db)
             if seal and not dry_run:
                 db.execute("INSERT INTO received VALUES (?, ?, ?, ?) ON CONFLICT (site, dest) DO"
                            " UPDATE SET number = excluded.number, seal = excluded.seal"
                            " WHERE excluded.number >= number", (via, head["to"], head["parcel"],
                                                                 seal))
-            return took, channels
+            return self._ack(db, acks, now, dry_run)
 
-        took = collections.Counter()
-        for start in range(0, max(1, len(drafts)), PARCEL_COMMIT):
-            last = start + PARCEL_COMMIT >= len(drafts)
-            found, channels = self.db.write(functools.partial(
-                job, drafts=drafts[start:start + PARCEL_COMMIT], acks=acks if last else (),
-                seal=last and seal))
+        took, at = collections.Counter(imported=0, alreadyHere=0, over=0, acked=0), 0
+        for found in self.db.in_steps(drafts, store, collections.Counter()):
             took.update(found)
-            for channel in channels:
-                self.channels.tell_of(channel)
+            some, at = drafts[at:at + sum(found.values())], at + sum(found.values())
+            new = 0 if dry_run else found["imported"]
+            for channel in {draft.channel for draft, _ in some} if new else ():
+                self.channels.tell_of(channel, new)
+                new = 0
+        if acks or seal or not drafts:
+            took["acked"] = self.db.write(finish)
         return took
 
     @staticmethod
-    def _number_of(db, site, name, dry_run):
-        """The number under which a site is known here; from now on, if it is new."""
+    def _has_come(db, site, message_id):
+        """Did this message come in a parcel before, be it here or deleted?"""
+        return db.execute("SELECT 1 FROM arrivals WHERE site = ?1 AND id = ?2 UNION ALL SELECT 1"
+                          " FROM (SELECT first FROM gone WHERE site = ?1 AND last >= ?2 ORDER BY"
+                          " last LIMIT 1) WHERE first <= ?2", (site, message_id)).fetchone()
+
+    @staticmethod
+    def _number_of(db, site, name, dry_run, at_first_hand=False):
+        """The number under which a site is known here; from now on, if it is new.
+
+        A name that others tell counts as long as the site itself has told none.
+        """
         row = db.execute("SELECT num, name FROM sites WHERE id = ?", (site,)).fetchone()
         if not row and not dry_run:
             db.execute("INSERT INTO sites (id, name) VALUES (?, ?)", (site, name or site))
             row = db.execute("SELECT last_insert_rowid(), ?", (name,)).fetchone()
-        elif row and name and row[0] and row[1] != name and not dry_run:
+        elif row and row[0] and name not in (None, row[1]) and not dry_run \
+                and (at_first_hand or not db.execute(
+                    "SELECT 1 FROM received WHERE site = ?", row[:1]).fetchone()):
             db.execute("UPDATE sites SET name = ? WHERE num = ?", (name, row[0]))
         return row[0] if row else -1
 
@@ -3327,7 +3392,8 @@ class Parcels:
                 (ack["site"], ack["id"])).fetchone()
             if row:
                 message = Message._make(row)
-                changes[message.id] = message, message._replace(acked_at=now, lease_token=None)
+                changes[message.id] = message, message._replace(
+                    acked_at=min(ack["acked_at"], now), lease_token=None)
         changes = list(changes.values())
         for start in range(0, len(changes) * (not dry_run), GROUP):
             self.channels.save(db, changes[start:start + GROUP])
@@ -3477,14 +3543,14 @@ class Field:
     `low` and `high` bound a number or the length of a string or list; `high` may name a setting.
     A list has objects in it, with the fields `items`.
     `missing` is the error code for its absence, where that is not invalid_request. As an MCP
-    argument it is called `tool`, and said to be of `tool_kind`. Name, need and default are taken
-    from the function's head.
+    argument it is called `tool`, and said to be of `tool_kind`. reads(value) makes of it what the
+    operation gets. Name, need and default are taken from the function's head.
     """
 
     def __init__(self, source, kind="string", help="", low=None, high=None, pattern=None,
-                 header=None, missing=None, tool=None, tool_kind=None, items=()):
+                 header=None, missing=None, tool=None, tool_kind=None, items=(), reads=None):
         self.source, self.kind, self.help, self.low, self.high = source, kind, help, low, high
-        self.items = items
+        self.items, self.reads = items, reads
         self.pattern, self.header, self.missing, self.tool = pattern, header, missing, tool
         self.tool_kind = tool_kind or kind
         self.name = self.argument = self.required = self._regex = None
@@ -3497,7 +3563,9 @@ class Field:
         field.name = self.header or camel(argument)
         field.tool = self.tool or camel(argument)
         field.header_key = field.name.lower()
-        field._check = getattr(field, "_check_" + field.kind)
+        check = field._check = getattr(field, "_check_" + field.kind)
+        if field.reads:
+            field._check = lambda value, highest: field.reads(check(value, highest))
         return field
 
     def check(self, value, settings):
@@ -3608,9 +3676,9 @@ def check_fields(fields, inputs, settings):
 class Operation:
     """A row of the table: one function, where it is found, what it takes and gives."""
 
-    def __init__(self, function, method, path, answer, status, guarded, member, tool):
+    def __init__(self, function, method, path, answer, status, guarded, member, tool, room):
         self.function, self.method, self.path, self.answer = function, method, path, answer
-        self.status, self.guarded, self.member = status, guarded, member
+        self.status, self.guarded, self.member, self.room = status, guarded, member, room
         self.tool, self.name = tool, function.__name__
         self.summary = function.__doc__.strip().splitlines()[0]
         self.api = bool(path) and path.startswith("/api/")
@@ -3627,15 +3695,15 @@ _ROUTES = {}        # a tree: segment -> next level; None stands for any segment
 _END = "/"          # in a level: the methods of the path that ends here (no segment has a slash)
 
 
-def operation(method, path, answer, status=200, guarded=False, member=False, tool=None):
+def operation(method, path, answer, status=200, guarded=False, member=False, tool=None, room=0):
     """Put the function below into the table.
 
     `answer` names a shape of section 12, `guarded` operations want the server's token if there is
     one, `member` ones an agent of the session, `tool` is the name as an MCP tool. method and path
-    None: a tool that is no endpoint.
+    None: a tool that is no endpoint. `room`: bytes that its body may have beyond --max-body.
     """
     def register(function):
-        entry = Operation(function, method, path, answer, status, guarded, member, tool)
+        entry = Operation(function, method, path, answer, status, guarded, member, tool, room)
         OPERATIONS.append(entry)
         if path:
             level = _ROUTES
@@ -3668,8 +3736,8 @@ class Caller:
     def unwatch(self, bell):
         """The caller got its answer."""
 
-    def receive(self, call):
-        """The body's bytes."""
+    def receive(self, call, room):
+        """The body's bytes, up to `room` more than --max-body."""
         return call.body
 
 
@@ -3953,7 +4021,7 @@ def perform(call):
     check_kind(call, found)                             # 415 unsupported_media_type
     inputs = gather_head(call, found, texts)            # 400 missing_agent_id, and kin
     check_member(call, found, inputs)                   # 404 session_not_found, 403 forbidden
-    call.body = call.caller.receive(call)               # 413 payload_too_large, 503 server_busy
+    call.body = call.caller.receive(call, found.room)   # 413 payload_too_large, 503 server_busy
     gather_body(call, found, inputs)                    # 400 invalid_body
     arguments = validate(found, inputs, call.app.settings)      # 400 invalid_request
     if log.explains:
@@ -4280,8 +4348,8 @@ def collect_garbage(call, acked_older_than_hours: Field("body", "number", low=0,
     return call.app.store.channels.gc(acked_older_than_hours)
 
 
+SITE_ID = "[0-9a-f]{16}"
 SITE_NAME = Field("body", low=1, high=MAX_NAME)
-SITE = Field("body", "object")
 PARCEL_NUMBER = Field("body", "integer", low=1)
 PATH_SITE, PATH_NUMBER = Field("path", low=1, high=MAX_NAME), Field("path", "integer", low=1)
 
@@ -4293,75 +4361,97 @@ def parcel_begin(call, to: SITE_NAME,
                  again: PARCEL_NUMBER = None, dry_run: Field("body", "boolean") = False):
     """Open the next parcel to a site"""
     parcels = call.app.store.parcels
-    parcel, messages, acks = parcels.begin(
+    parcel, messages, acks, mark = parcels.begin(
         to, channels and [each["channel"] for each in channels], again, dry_run)
     return {"site": parcels.site(), "to": to, "parcel": parcel.number, "previous": parcel.previous,
-            "replaces": parcel.seal, "channels": json.loads(parcel.chosen or "null"),
-            "messages": messages, "acks": acks, "upto": parcel.upto}
+            "sites": parcels.known(), "replaces": parcel.seal, "messages": messages, "acks": acks,
+            "channels": json.loads(parcel.chosen or "null"), "upto": parcel.upto,
+            "opened": None if again else mark}
 
 
 @operation("GET", "/api/parcels/{to}/{number}", "ParcelRows", guarded=True)
 def parcel_rows(call, to: PATH_SITE, number: PATH_NUMBER, after: AFTER_ID = 0,
-                acks_after: AFTER_ID = 0):
+                acks_after: AFTER_ID = 0, opened: Field("query") = None):
     """Read what a parcel holds, some rows at a time"""
-    texts, last, acks, last_ack = call.app.store.parcels.rows(to, number, after, acks_after)
+    texts, last, acks, last_ack = call.app.store.parcels.rows(to, number, after, acks_after,
+                                                               opened)
     return Reply('{"messages":[%s],"after":%d,"acks":%s,"acksAfter":%d}' % (
         ",".join(texts), last, to_json(acks), last_ack))
 
 
 @operation("POST", "/api/parcels/{to}/{number}/seal", "Sealed", guarded=True)
 def parcel_seal(call, to: PATH_SITE, number: PATH_NUMBER,
-                seal: Field("body", pattern="[0-9a-f]{64}")):
+                seal: Field("body", pattern="[0-9a-f]{64}"), opened: Field("body") = None):
     """A parcel is written: the next one goes on after it"""
-    return {"seal": call.app.store.parcels.seal(to, number, seal)}
+    return {"seal": call.app.store.parcels.seal(to, number, seal, opened)}
 
 
-def origin_of(value, name):
-    """{"site", "id"} from a parcel. Raises invalid_request."""
+def read_moment(text):
+    """A time on the wire as milliseconds since 1970. Raises ValueError."""
+    try:
+        return seconds_of(text[:19]) * 1000 + int(text[20:23])
+    except ValueError:
+        raise ValueError("must be a time such as 2026-11-26T16:00:00.000Z") from None
+
+
+def read_origin(value):
+    """{"site", "id"} of a parcel as an Origin. Raises ValueError."""
     site, message_id = value.get("site"), value.get("id")
-    if not (isinstance(site, str) and re.fullmatch("[0-9a-f]{16}", site)
+    if not (isinstance(site, str) and re.fullmatch(SITE_ID, site)
             and type(message_id) is int and 0 < message_id <= MAX_ID):
-        raise invalid(name, "must be a site's id, 16 hexadecimal digits, and a message's")
+        raise ValueError("must be a site's id, 16 hexadecimal digits, and a message's")
     return Origin(site, message_id)
+
+
+def read_sites(names):
+    """{site's id: its name} of a parcel. Raises ValueError."""
+    for site, name in names.items():
+        if not (re.fullmatch(SITE_ID, site) and isinstance(name, str)
+                and 0 < len(name) <= MAX_NAME):
+            raise ValueError("must have ids of sites, 16 hexadecimal digits, and their names")
+    return names
+
+
+def read_site(value):
+    """{"id", "name"} of the site that made a parcel. Raises ValueError."""
+    if not isinstance(value.get("id"), str):
+        raise ValueError("must have the id and the name of a site")
+    read_sites({value["id"]: value.get("name")})
+    return value
+
+
+TIME = Field("body", pattern=r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", reads=read_moment)
+PARCEL_FIELDS = [field.bind(name, needed) for name, field, needed in (
+    ("channel", CHANNEL, True), ("sender", SENDER, True), ("content", CONTENT, True),
+    ("created_at", TIME, True), ("origin", Field("body", "object", reads=read_origin), True),
+    ("expires_at", TIME, False), ("correlation_id", Field("body", high=MAX_NAME), False),
+    ("task_id", Field("body"), False), ("metadata", METADATA, False))]
+ACK_FIELDS = [Field("body", pattern=SITE_ID).bind("site", True), MESSAGE_ID.bind("id", True),
+              TIME.bind("acked_at", True)]
 
 
 def parcel_draft(call, channel, sender, content, created_at, origin, correlation_id=None,
                  task_id=None, metadata=None, expires_at=None):
     """A message of a parcel before it has an id here, and its Origin; blacked out once more."""
-    began = origin_of(origin, "origin")
     content, found = blackout(call, content)
     metadata, more = blackout(call, metadata or {})
-    try:
-        now, ends = [each and seconds_of(each) * 1000 + int(each[20:23])
-                     for each in (created_at, expires_at)]
-    except ValueError:
-        raise invalid("createdAt", "must be a time such as 2026-11-26T16:00:00.000Z") from None
-    return new_message(channel, sender, content, correlation_id, task_id, metadata, ends,
-                       sorted(set(found) | set(more)), now,
-                       ',"origin":{"site":"%s","id":%d}' % began), began
+    return new_message(channel, sender, content, correlation_id, task_id, metadata, expires_at,
+                       sorted(set(found) | set(more)), created_at,
+                       ',"origin":{"site":"%s","id":%d}' % origin), origin
 
 
-TIME = Field("body", pattern=r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
-PARCEL_FIELDS = [field.bind(name, needed) for name, field, needed in (
-    ("channel", CHANNEL, True), ("sender", SENDER, True), ("content", CONTENT, True),
-    ("created_at", TIME, True), ("origin", SITE, True), ("expires_at", TIME, False),
-    ("correlation_id", Field("body", high=MAX_NAME), False), ("task_id", Field("body"), False),
-    ("metadata", METADATA, False))]
-
-
-@operation("POST", "/api/parcels/import", "Imported", guarded=True)
-def parcel_import(call, site: SITE, to: SITE_NAME, parcel: PARCEL_NUMBER,
+@operation("POST", "/api/parcels/import", "Imported", guarded=True, room=PARCEL_ROOM)
+def parcel_import(call, site: Field("body", "object", reads=read_site), to: SITE_NAME,
+                  parcel: PARCEL_NUMBER,
                   messages: Field("body", "array", low=0, high=PARCEL_ROWS, items=PARCEL_FIELDS),
-                  acks: Field("body", "array", low=0, high=PARCEL_ROWS, items=(
-                      SITE_NAME.bind("site", True), MESSAGE_ID.bind("id", True))),
+                  acks: Field("body", "array", low=0, high=PARCEL_ROWS, items=ACK_FIELDS),
                   previous: Field("body") = None,
+                  sites: Field("body", "object", reads=read_sites) = None,
                   seal: Field("body", pattern="[0-9a-f]{64}") = None,
                   accept_gap: Field("body", "boolean") = False,
                   dry_run: Field("body", "boolean") = False):
     """Take in some rows of a parcel that was found whole"""
-    source = origin_of({"site": site.get("id"), "id": 1}, "site").site
-    head = {"site": {"id": source, "name": str(site.get("name"))[:MAX_NAME]}, "to": to,
-            "parcel": parcel, "previous": previous}
+    head = {"site": site, "to": to, "parcel": parcel, "previous": previous, "sites": sites or {}}
     return call.app.store.parcels.take(head, [parcel_draft(call, **each) for each in unhurried(
         messages)], acks, seal, accept_gap, dry_run)
 
@@ -4526,8 +4616,8 @@ SHAPES = {
     "AckedAll": "channel ackedCount:integer",
     "Count": "channel count:integer",
     "Collected": "expired:integer acked:integer",
-    "Parcel": "site:object to parcel:integer previous:string|null replaces:string|null"
-              " channels:any messages:integer acks:integer upto:integer",
+    "Parcel": "site:object sites:object to parcel:integer previous:string|null replaces:string|null"
+              " channels:any messages:integer acks:integer upto:integer opened:string|null",
     "ParcelRows": "messages:Message* after:integer acks:object* acksAfter:integer",
     "Sealed": "seal",
     "Imported": "imported:integer alreadyHere:integer over:integer acked:integer",
@@ -6220,9 +6310,9 @@ class Connection(Caller):
             self.exempt = self._is_local() and not client
             call.secure = call.headers.get("x-forwarded-proto", "").lower() == "https"
 
-    def receive(self, call):
+    def receive(self, call, room):
         """The whole body; refuses what is larger than --max-body before reading it."""
-        limit, length = self.settings.max_body, call.length
+        limit, length = self.settings.max_body + room, call.length
         if length is not None and length > limit:
             raise NexusError("payload_too_large", "The body has %d bytes; this server takes %d"
                              " (--max-body)." % (length, limit))
@@ -7111,16 +7201,16 @@ class Messages:
         channels = channels and [{"channel": each} for each in channels]
         return self._do(parcel_begin, vars())
 
-    def parcel_rows(self, to, number, after=0, acks_after=0):
+    def parcel_rows(self, to, number, after=0, acks_after=0, opened=None):
         """Some rows of a parcel: {"messages", "after", "acks", "acksAfter"}."""
         return self._do(parcel_rows, vars())
 
-    def seal_parcel(self, to, number, seal):
+    def seal_parcel(self, to, number, seal, opened=None):
         """A parcel is written; the next one goes on after it."""
         return self._do(parcel_seal, vars())
 
-    def import_parcel(self, site, to, parcel, messages, acks, previous=None, seal=None,
-                      accept_gap=None, dry_run=None):
+    def import_parcel(self, site, to, parcel, messages, acks, previous=None, sites=None,
+                      seal=None, accept_gap=None, dry_run=None):
         """Take in some rows of a parcel, `seal` with the last ones: how many of each kind."""
         return self._do(parcel_import, vars())
 
@@ -9258,7 +9348,7 @@ def spool_parcel(messages, head, spool, watched):
     """Write the rows of a parcel into a file, a line each; how many messages and acks there are."""
     counts, place, began = [0, 0], (0, 0), time.monotonic()
     while True:
-        page = messages.parcel_rows(head["to"], head["parcel"], *place)
+        page = messages.parcel_rows(head["to"], head["parcel"], *place, head["opened"])
         place = page["after"], page["acksAfter"]
         for position, name in enumerate(("messages", "acks")):
             for row in page[name]:
@@ -9288,12 +9378,9 @@ def write_parcel(path, head, spool, key):
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except BaseException as trouble:
+    except BaseException:
         State._unlink(draft)
-        if not isinstance(trouble, OSError):
-            raise
-        raise NexusError("export_failed", "Nothing was exported to %s: %s. The same command begins"
-                         " anew." % (path, trouble.strerror), status=400) from None
+        raise
     if os.name == "posix":
         sync(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     return seal.value()["sha256"]
@@ -9312,34 +9399,45 @@ def tx_export(messages, args):
              if not (begun["messages"] or begun["acks"]) else
              "Parcel %(parcel)d for %(to)s would hold %(messages)d message(s), %(acks)d ack(s)")
         return
-    with tempfile.TemporaryFile() as spool:     # the counts of the first line come last
-        watched = sys.stderr.isatty()
-        counts = spool_parcel(messages, begun, spool, watched)
-        if watched:
-            put(sys.stderr, " " * 50, end="\r")
-        head = {"nexusParcel": 1, "site": begun["site"], "to": args.to, "parcel": number,
-                "previous": begun["previous"], "createdAt": iso(Clock().now()),
-                "channels": begun["channels"], "messages": counts[0], "acks": counts[1]}
-        if begun["replaces"]:
-            head["replaces"] = begun["replaces"]
-        seal = write_parcel(args.file, head, spool, key)
-    messages.seal_parcel(args.to, number, seal)
+    head = {"nexusParcel": 1, "site": begun["site"], "to": args.to, "parcel": number,
+            "previous": begun["previous"], "createdAt": iso(Clock().now()),
+            "channels": begun["channels"]}
+    watched = sys.stderr.isatty()
+    try:
+        with tempfile.TemporaryFile() as spool:     # the counts of the first line come last
+            head["messages"], head["acks"] = spool_parcel(messages, begun, spool, watched)
+            if watched:
+                put(sys.stderr, " " * 50, end="\r")
+            head.update({name: begun[name] for name in ("sites", "replaces") if begun[name]})
+            seal = write_parcel(args.file, head, spool, key)
+    except OSError as trouble:
+        raise NexusError("export_failed", "Nothing was exported to %s: %s (room is needed there and"
+                         " in %s). The same command begins anew." % (
+                             args.file, trouble.strerror, tempfile.gettempdir()),
+                         status=400) from None
+    try:
+        messages.seal_parcel(args.to, number, seal, begun["opened"])
+    except NexusError as refusal:
+        if refusal.code == "parcel_taken":
+            State._unlink(args.file)
+        raise
     show(args, dict(head, file=args.file, sha256=seal),
          "Parcel %(parcel)d for %(to)s: %(messages)d message(s), %(acks)d ack(s) in %(file)s")
 
 
 def broken_parcel(path, why):
     """The refusal of a file that is not what a site has sealed."""
-    return NexusError("broken_parcel", "%s %s. Nothing was imported." % (path, why), status=400)
+    return NexusError("broken_parcel", "%s %s." % (path, why), status=400)
 
 
 def parcel_lines(path, file):
     """The lines of a parcel, packed or not, one at a time. Raises broken_parcel."""
-    file.seek(0)
-    packed = file.read(2) == b"\x1f\x8b"
-    file.seek(0)
-    stream, number = gzip.GzipFile(fileobj=file) if packed else file, 0
+    number = 0
     try:
+        file.seek(0)
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        stream = gzip.GzipFile(fileobj=file) if packed else file
         for line in iter(lambda: stream.readline(LINE_BYTES + 1), b""):
             number += 1
             if not line.endswith(b"\n"):
@@ -9352,12 +9450,28 @@ def parcel_lines(path, file):
         raise broken_parcel(path, "cannot be read (%s)" % trouble) from None
 
 
-def parcel_line(path, line, names):
-    """(its one name, its value) of a line of a parcel."""
+_TAKES = {field.argument: field for field in ENTRIES[parcel_import].fields}
+PARCEL_LINES = {"message": _TAKES["messages"].items, "ack": _TAKES["acks"].items, "seal": ()}
+PARCEL_HEAD = [_TAKES[name] for name in ("site", "to", "parcel", "previous", "sites", "seal")]
+
+
+def parcel_row(path, value, fields):
+    """An object of a parcel without its nulls, found fit to be imported."""
+    row = {name: each for name, each in value.items() if each is not None} \
+        if isinstance(value, dict) else {}
+    _, faults = check_fields(fields, {field: row[field.name] for field in fields
+                                      if field.name in row}, None)
+    for fault in faults:
+        raise broken_parcel(path, "is no parcel of nexus: %(field)s %(message)s" % fault)
+    return row
+
+
+def parcel_line(path, line, checks):
+    """(its one name, its value) of a line of a parcel; `checks` has the fields for each name."""
     try:
         (name, value), = parse_json(line).items()
-        if name in names:
-            return name, value
+        if name in checks:
+            return name, parcel_row(path, value, checks[name])
     except (ValueError, AttributeError):
         pass                            # told below
     raise broken_parcel(path, "is no parcel, or was changed: %s" % one_line(line.decode(
@@ -9369,7 +9483,8 @@ def check_parcel(path, file, key):
 
     All of it is read before anything is imported; a line that is none of a parcel's ends it.
     """
-    lines, seal, counts, found = parcel_lines(path, file), Seal(key), {"message": 0, "ack": 0}, None
+    lines, whole, found = parcel_lines(path, file), Seal(key), None
+    counts = dict.fromkeys(PARCEL_LINES, 0)
     line = next(lines, b"")
     try:
         head = parse_json(line)
@@ -9382,17 +9497,17 @@ def check_parcel(path, file, key):
     for after in lines:
         if found:
             raise broken_parcel(path, "goes on after its seal")
-        seal.update(line)
+        whole.update(line)
         line = after
         if line.startswith(b'{"seal":'):
-            found = parcel_line(path, line, ("seal",))[1]
+            found = parcel_line(path, line, PARCEL_LINES)[1]
         else:
-            counts[parcel_line(path, line, counts)[0]] += 1
-    made = seal.value()
-    if not isinstance(found, dict):
+            counts[parcel_line(path, line, PARCEL_LINES)[0]] += 1
+    made = whole.value()
+    if not found:
         raise broken_parcel(path, "was cut short: its seal is missing")
-    if found.get("sha256") != made["sha256"] or [head.get("messages"), head.get("acks")] != list(
-            counts.values()):
+    if found.get("sha256") != made["sha256"] or [head.get("messages"), head.get("acks")] != [
+            counts["message"], counts["ack"]]:
         raise broken_parcel(path, "was changed after it was sealed")
     if ("hmac" in found) != bool(key):
         raise broken_parcel(path, "is sealed %s a key: %s" % (
@@ -9400,19 +9515,22 @@ def check_parcel(path, file, key):
             ("without", "leave --key-file out if you trust it all the same")))
     if key and not same(str(found["hmac"]).encode(), made["hmac"].encode()):
         raise broken_parcel(path, "is sealed with another key")
-    return head, head.get("replaces") or made["sha256"]
+    seal = head.get("replaces") or made["sha256"]
+    parcel_row(path, dict(head, seal=seal), PARCEL_HEAD)
+    return head, seal
 
 
 def parcel_parts(path, file):
     """Yield (messages, acks) of a parcel as requests take them, and None after the last ones."""
-    part, size = {"message": [], "ack": []}, 0
+    part, size, unchecked = {"message": [], "ack": []}, 0, dict.fromkeys(PARCEL_LINES, ())
     for line in itertools.islice(parcel_lines(path, file), 1, None):
-        name, row = parcel_line(path, line, ("message", "ack", "seal"))
-        if name == "seal" or sum(map(len, part.values())) == PARCEL_ROWS or size > MANY_BYTES:
+        name, row = parcel_line(path, line, unchecked)
+        if name == "seal" or sum(map(len, part.values())) == PARCEL_ROWS \
+                or size and size + len(line) > MANY_BYTES:
             yield part["message"], part["ack"], name == "seal"
             part, size = {"message": [], "ack": []}, 0
         if name != "seal":
-            part[name].append({field: value for field, value in row.items() if value is not None})
+            part[name].append(row)
             size += len(line)
 
 
@@ -9425,16 +9543,26 @@ def tx_import(messages, args):
     except OSError as trouble:
         raise NexusError("no_parcel", "Cannot read %s: %s." % (args.file, trouble.strerror),
                          status=404) from None
-    with file:
-        head, seal = check_parcel(args.file, file, key)
-        for rows, acks, last in parcel_parts(args.file, file):
-            took.update(messages.import_parcel(
-                head["site"], head["to"], head["parcel"], rows, acks, head.get("previous"),
-                seal if last else None, args.accept_gap, args.dry_run))
-            if watched:
-                done = sum(took.values())
-                show_progress(done, time.monotonic() - began,
-                              done / (head["messages"] + head["acks"] or 1))
+    try:
+        with file:
+            head, seal = check_parcel(args.file, file, key)
+            for rows, acks, last in parcel_parts(args.file, file):
+                took.update(messages.import_parcel(
+                    head["site"], head["to"], head["parcel"], rows, acks, head.get("previous"),
+                    head.get("sites"), seal if last else None, args.accept_gap, args.dry_run))
+                if watched:
+                    done = sum(took.values())
+                    show_progress(done, time.monotonic() - began,
+                                  done / (head["messages"] + head["acks"] or 1))
+    except (NexusError, KeyboardInterrupt) as trouble:
+        how_far = "%d message(s) and ack(s) of it were taken, maybe some more; the same command" \
+                  " takes the rest." % sum(took.values()) if took and not args.dry_run \
+                  else "Nothing was imported."
+        if not isinstance(trouble, NexusError):
+            tip(how_far)
+            raise
+        trouble.message += " " + how_far
+        raise
     if watched:
         put(sys.stderr, " " * 50, end="\r")
     show(args, dict(took, site=head["site"], parcel=head["parcel"]), (

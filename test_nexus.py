@@ -3029,7 +3029,7 @@ class Readers(DiskCase):
         self.db = None
         with open(self.path, "r+b") as file:
             file.seek(os.path.getsize(self.path) // 8192 * 4096)
-            file.write(b"\xa5" * 4096)              # a page in the middle
+            file.write(b"\xa5" * 8192)              # two pages in the middle, one of each
         with Server(db=self.path) as server:
             self.assertEqual(self.send(server), 201)
             found = server.call("GET", "/api/messages/inbox/c1?limit=1000")
@@ -7232,6 +7232,13 @@ class Parcels(Case):
         with opened(path, "rb") as file:
             return file.read().splitlines(True)
 
+    def forge(self, path, *lines):
+        """Write a parcel with these lines, and a seal that fits."""
+        data = "".join(line + "\n" for line in lines).encode()
+        with open(path, "wb") as file:
+            file.write(data + b'{"seal":{"sha256":"%s"}}\n'
+                       % hashlib.sha256(data).hexdigest().encode())
+
     def test_it_can_be_read_by_eye_and_checked_by_hand(self):
         sent = self.clients["lab"].send("c", "with " + TOKEN, "ada", "t1", 60, "corr", {"a": 1})
         path = self.export("lab", "field")
@@ -7260,6 +7267,7 @@ class Parcels(Case):
         self.sites["field"].clock.advance(6)
         self.assertEqual(self.take("field", path, "--dry-run"), (3, 0, 1, 0))
         self.assertEqual(self.take("field", path), (3, 0, 1, 0))
+        self.assertEqual(self.sites["field"].store.channels.sent, 4)
         self.assertEqual(self.contents("field"), ["own", "1", "2", "3"])
         self.assertEqual(self.take("field", path), (0, 3, 1, 0))
         self.clients["field"].ack_all("c")
@@ -7267,6 +7275,26 @@ class Parcels(Case):
         self.assertEqual(self.take("field", path), (0, 3, 1, 0))
         self.assertEqual(self.contents("field"), [])
         self.assertIsNone(self.export("field", "home"))         # what is done goes nowhere
+
+    def test_what_came_and_is_gone_is_remembered_in_few_rows(self):
+        store, pick, everything = self.sites["field"].store, random.Random(3), range(1, 121)
+        self.send("lab", *map(str, everything))
+        path = self.export("lab", "field")
+        self.take("field", path)
+        left, rows = list(everything), lambda: store.db.read(
+            "SELECT first, last FROM gone ORDER BY last")
+        pick.shuffle(left)
+        while left:
+            some = sorted(left.pop() for _ in range(min(len(left), pick.randrange(1, 9))))
+            store.db.write(lambda db: store.channels._remove(db, some))
+            kept = {number for first, last in rows() for number in range(first, last + 1)}
+            self.assertEqual(kept, set(everything) - set(left))
+            self.assertTrue(all(low[1] + 1 < high[0] for low, high in zip(rows(), rows()[1:])))
+            self.assertEqual(store.db.read("SELECT COUNT(*) FROM arrivals"), [(len(left),)])
+            if len(left) % 3 == 0:
+                self.assertEqual(self.take("field", path), (0, 120, 0, 0))
+        self.assertEqual(rows(), [(1, 120)])
+        self.assertEqual(self.take("field", path), (0, 120, 0, 0))
 
     def test_who_waits_is_woken_by_what_comes_in(self):
         self.send("lab", "hello")
@@ -7281,7 +7309,7 @@ class Parcels(Case):
         self.take("field", self.export("lab", "field"))
         self.take("home", self.export("field", "home"))
         self.assertIsNone(self.export("home", "field"))         # it came from there
-        self.assertEqual(self.take("lab", self.export("home", "lab")), (0, 2, 0, 0))    # began
+        self.assertIsNone(self.export("home", "lab"))           # it began there
         self.clients["home"].ack(1)
         self.clients["home"].gc(0)                              # the ack stays known
         self.assertEqual(self.take("field", self.export("home", "field")), (0, 0, 0, 1))
@@ -7295,6 +7323,48 @@ class Parcels(Case):
         self.clients["field"].lease("c", "worker")              # work under way is done by it, too
         self.clients["lab"].ack(second)
         self.assertIsNone(self.export("field", "lab"))
+
+    def test_in_a_ring_acks_go_home_and_messages_do_not(self):
+        self.send("lab", "1")
+        self.take("field", self.export("lab", "field"))
+        self.take("home", self.export("field", "home"))
+        self.assertIsNone(self.export("home", "lab"))           # home and lab have never met
+        self.clients["home"].ack(1)
+        self.sites["lab"].clock.advance(3600)
+        path = self.export("home", "lab")
+        ack = json.loads(self.lines(path)[1].decode())["ack"]
+        self.assertEqual(self.take("lab", path), (0, 0, 0, 1))
+        row, = self.clients["lab"].inbox("c", include_acked=True)
+        self.assertEqual(row["ackedAt"], ack["ackedAt"])        # when it was, not when it came
+        self.sites["lab"].settings.site = "attic"               # a new name goes around, too
+        self.send("lab", "2")
+        self.take("field", self.export("lab", "field"))
+        self.take("home", self.export("field", "home"))
+        self.assertEqual(self.run_at("home", "export", "-", "--to", "attic", "--dry-run")[
+            "messages"], 0)
+        self.take("home", self.export("lab", "home"))           # its own word goes before others'
+        self.sites["lab"].settings.site = "cellar"
+        self.send("lab", "3")
+        self.take("field", self.export("lab", "field"))
+        self.take("home", self.export("field", "home"))
+        self.assertEqual(self.sites["home"].store.parcels.known()[
+            self.sites["lab"].store.parcels.site()["id"]], "attic")
+
+    def test_a_message_may_be_as_long_as_a_body(self):
+        for length in (400000, 1000000, 1048500):
+            self.clients["lab"].send("c", "x" * length)
+        self.assertEqual(self.take("field", self.export("lab", "field")), (3, 0, 0, 0))
+
+    def test_a_thousand_channels_exported_each_alone(self):
+        server = self.sites["lab"]
+        self.send("lab", "old", "new")
+        server.store.db.write(lambda db: db.execute(
+            "INSERT INTO parcels VALUES ('field', 1, NULL, ?, 1, 0, 0, NULL, 'x')", (nexus.to_json(
+                dict({"c%d" % number: 1 for number in range(1100)}, **{"": 0, "c": 1})),)))
+        server.store.db.write(lambda db: db.execute("UPDATE parcels SET chosen = '[\"d\"]'"))
+        path = self.export("lab", "field")
+        self.assertEqual([json.loads(line.decode())["message"]["content"]
+                          for line in self.lines(path)[1:-1]], ["new"])
 
     def test_a_ring_in_which_sticks_are_lost_late_and_read_twice(self):
         pick, ring = random.Random(11), ("lab", "field", "home")
@@ -7331,6 +7401,33 @@ class Parcels(Case):
                 self.assertEqual([text for text in found if text.startswith(begin)],
                                  [text for text in sent if text.startswith(begin)])
 
+    def test_of_two_exports_at_a_time_one_ends(self):
+        for channel in "abc":
+            self.clients["lab"].send(channel, channel)
+        real, path = nexus.Messages.parcel_rows, self.path("first")
+
+        def other(*args, **values):                             # begins while the first one reads
+            with patched(nexus.Messages, "parcel_rows", real):
+                self.second = self.second or self.export("lab", "field", "--channel", "a")
+            return real(*args, **values)
+        self.second = None
+        with patched(nexus.Messages, "parcel_rows", other):
+            found = self.run_at("lab", "export", path, "--to", "field", code=1)
+        self.assertEqual(found["error"], "parcel_taken")
+        self.assertEqual(self.take("field", self.second), (1, 0, 0, 0))
+        seal = nexus.Messages.seal_parcel
+
+        def late(*args):                                        # it begins after the last row
+            with patched(nexus.Messages, "seal_parcel", seal):
+                self.third = self.export("lab", "field", "--channel", "b")
+            return seal(*args)
+        with patched(nexus.Messages, "seal_parcel", late):
+            found = self.run_at("lab", "export", path, "--to", "field", code=1)
+        self.assertEqual(found["error"], "parcel_taken")
+        self.assertFalse(os.path.exists(path))
+        self.assertEqual(self.take("field", self.third), (1, 0, 0, 0))
+        self.assertEqual(self.take("field", self.export("lab", "field")), (1, 0, 0, 0))
+
     def test_an_export_that_was_killed_before_its_seal_is_opened_again(self):
         self.send("lab", "1")
         with patched(nexus.Messages, "seal_parcel", lambda *_: self.fail("killed")), \
@@ -7350,10 +7447,11 @@ class Parcels(Case):
     def test_a_stick_that_is_full_leaves_no_half_and_nothing_counts_as_sent(self):
         self.send("lab", "1")
         full = OSError(nexus.errno.ENOSPC, "No space left on device")
-        with patched(nexus.os, "fsync", functools.partial(throw, full)):
-            found = self.run_at("lab", "export", self.path("full"), "--to", "field", code=1)
-        self.assertEqual(found["error"], "export_failed")
-        self.assertIn("No space left", found["message"])
+        for place, name in ((nexus.os, "fsync"), (nexus, "spool_parcel")):
+            with patched(place, name, functools.partial(throw, full)):
+                found = self.run_at("lab", "export", self.path("full"), "--to", "field", code=1)
+            self.assertEqual(found["error"], "export_failed")
+            self.assertIn("No space left", found["message"])
         self.assertEqual([name for name in os.listdir(self.home) if "full" in name], [])
         self.assertEqual(self.take("field", self.export("lab", "field")), (1, 0, 0, 0))
 
@@ -7448,6 +7546,21 @@ class Parcels(Case):
             self.assertEqual(found["error"], "broken_parcel", found)
             self.assertIn(told, found["message"])
             self.assertIn("Nothing was imported", found["message"])
+        head, message = [json.loads(line.decode()) for line in lines[:2]]
+        for changes, row in (
+                ({"site": "x"}, None), ({"site": {"id": 5}}, None), ({"to": 5}, None),
+                ({"parcel": 0}, None), ({"previous": 5}, None), ({"replaces": "x"}, None),
+                ({"sites": {"x": "y"}}, None), ({}, {"message": 5}), ({}, {"ack": {"site": "x"}}),
+                ({}, {"message": dict(message["message"], content="")}),
+                ({}, {"message": dict(message["message"], createdAt="2026-13-01T00:00:00.000Z")}),
+                ({}, {"message": dict(message["message"], origin={"site": "x", "id": 1})})):
+            rows = [dict(head, messages=4 + int(row is None or "message" in row),
+                         acks=int(row is not None and "ack" in row), **changes)] + [
+                json.loads(line.decode()) for line in lines[1:5]] + [row or message]
+            self.forge(path, *map(nexus.to_json, rows))
+            found = self.run_at("field", "import", path, code=1)
+            self.assertEqual(found["error"], "broken_parcel", found)
+            self.assertIn("is no parcel of nexus: ", found["message"])
         self.assertEqual(self.clients["field"].channels(), [])
         with open(path, "wb") as file:
             file.write(good)
@@ -7468,7 +7581,8 @@ class Parcels(Case):
             patience=-1).messages
         with patched(nexus, "PARCEL_ROWS", 2), patched(nexus, "CLIENT_ATTEMPTS", 1):
             found = run_here(self.home, "tx", "import", path, url=server.url)
-            self.assertEqual((found.code, "full" in found.err), (1, True), found)
+            self.assertEqual(found.code, 1)
+            self.assertRegex(found.err, "full.*Channel c.* 2 message.* the same command takes")
             self.assertEqual(self.contents("tight"), ["1", "2"])
             self.clients["tight"].ack_all("c")
             self.clients["tight"].gc(0)
@@ -7479,10 +7593,8 @@ class Parcels(Case):
         path = self.path("p")
         self.run_at("lab", "export", path, "--to", "field")
         *rows, _ = self.lines(path)
-        rows[1] = rows[1].replace(b"nothing secret here, I say", TOKEN.encode())
-        made = hashlib.sha256(b"".join(rows)).hexdigest()
-        with open(path, "wb") as file:
-            file.write(b"".join(rows) + b'{"seal":{"sha256":"%s"}}\n' % made.encode())
+        self.forge(path, *[row.decode().strip().replace("nothing secret here, I say", TOKEN)
+                           for row in rows])
         self.take("field", path)
         row, = self.clients["field"].inbox("c")
         self.assertNotIn(TOKEN, row["content"])
