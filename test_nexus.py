@@ -4264,6 +4264,18 @@ class ClientPromises(ChannelCase):
                              ("invalid_request", 400))
         self.assertEqual(self.s.app.requests, before)
 
+    def test_arguments_of_a_wrong_type_are_refused_in_words(self):
+        client = self.s.client()
+        for words, call in (("messages must be a list", lambda: list(client.messages.send_many(5))),
+                            ("ids must be a list", lambda: client.messages.ack_many(5)),
+                            ("channel is required",
+                             lambda: list(client.messages.send_many([{3: 4}]))),
+                            ("5 is not a server's URL", lambda: nexus.Client(5))):
+            with self.assertRaisesRegex(nexus.NexusError, words):
+                call()
+        client.token = 5
+        self.assertEqual(client.messages.send("c", "a token may be a number")["channel"], "c")
+
     def scripted(self, *steps):
         """(a Scripted, a client on it, the list of its sleeps)."""
         server, sleeps = Scripted(self, *steps), []
@@ -5690,6 +5702,10 @@ class FlagsAndHelp(CliCase):
                       self.cli("tx", "ack", "x").err)
         self.assertIn("--limit takes a whole number, not '1.5'",
                       self.cli("tx", "inbox", "c", "--limit", "1.5").err)
+
+    def test_what_is_not_given_is_said_in_words(self):
+        self.assertIn("Error: --limit takes a value. See: nexus.py help tx inbox",
+                      self.cli("tx", "inbox", "c", "--limit").err)
 
     def test_help_lists_every_verb_and_explains_each(self):
         for ran in (self.cli("--help"), self.cli("help"), self.cli("-h", "nonsense")):
