@@ -8861,9 +8861,10 @@ def look_around(args, told):
     places += [("channel", name) for name in args.channel or ()]
     lost = None
     while True:
-        found = [each or (None, NexusError("unreachable", "No answer in time about %s." % name,
-                                           status=503))
-                 for (_, name), each in zip(places, side_by_side(
+        found = [each or (None, NexusError(
+            "unreachable", "No answer in time from %s about %s." % (state.server(
+                args.url, state.resolve(name) if kind == "session" else None)[0], name), status=503))
+                 for (kind, name), each in zip(places, side_by_side(
                      lambda place: look_at(args, told, *place), places, NEWS_SECONDS))]
         rows, left = [row for row, _ in found if row], ends - time.monotonic()
         if lost is None:
@@ -8905,8 +8906,8 @@ def verb_news(args):
         show_news(dict(marks))
     lost = [refusal for refusal in lost if args.strict and (
         args.session or refusal.status != 404)]         # sessions end: that is no trouble
-    for refusal in lost:
-        tip("Error: " + in_flags(refusal).message)
+    for message in dict.fromkeys(in_flags(refusal).message for refusal in lost):
+        tip("Error: " + message)        # once, though many places are on that server
     return 1 if lost else 0
 
 

@@ -6571,6 +6571,8 @@ class News(CliCase):
         ran = self.cli("news", "--strict")
         self.assertEqual((ran.code, ran.out[:13]), (1, "review: 1 new"))
         self.assertIn("Error: No answer from " + DEAD_URL, ran.err)
+        ran = self.cli("news", "--strict", "--channel", "c", "--url", DEAD_URL)
+        self.assertEqual((ran.code, ran.err.count("No answer from " + DEAD_URL)), (1, 1))
         self.assertEqual(self.news("nobody"), "")
         self.assertIn("Nobody has joined", self.cli("news", "nobody", "--strict").err)
         with open(os.path.join(self.home, ".config", "messaging", "aliases.json"), "w") as file:
@@ -6585,7 +6587,8 @@ class News(CliCase):
         with patched(nexus.socket, "getaddrinfo", lambda *_, **__: go.wait(30)), \
                 patched(nexus, "NEWS_SECONDS", 0.1):
             self.assertEqual(self.news(), "")
-            self.assertIn("No answer in time about review.", self.cli("news", "--strict").err)
+            self.assertIn("No answer in time from %s about review." % self.s.url,
+                          self.cli("news", "--strict").err)
 
     def test_a_wait_ends_with_the_first_that_is_new(self):
         other = self.opened()
