@@ -8863,7 +8863,8 @@ def look_around(args, told):
     while True:
         found = [each or (None, NexusError(
             "unreachable", "No answer in time from %s about %s." % (state.server(
-                args.url, state.resolve(name) if kind == "session" else None)[0], name), status=503))
+                args.url, state.resolve(name) if kind == "session" else None)[0], name),
+            status=503))
                  for (kind, name), each in zip(places, side_by_side(
                      lambda place: look_at(args, told, *place), places, NEWS_SECONDS))]
         rows, left = [row for row, _ in found if row], ends - time.monotonic()
