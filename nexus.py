@@ -6768,7 +6768,7 @@ class Address:
 
     def __init__(self, url):
         match = re.fullmatch(r"(?:(https?)://|(?=[^/]*[.:]))(\[[^\]/]+\]|[^:/?#\s]+)(?::(\d{1,5}))?"
-                             r"(/[^?#\s]*)?", url.strip(), re.I)
+                             r"(/[^?#\s]*)?", str(url).strip(), re.I)
         if not match or int(match.group(3) or 0) > 65535:
             raise NexusError("invalid_url", "%s is not a server's URL. It looks like"
                              " %s or https://example.org." % (one_line(url), DEFAULT_URL),
@@ -7086,7 +7086,14 @@ def command_line(*words, **flags):
 
 def _on_wire(values):
     """What was given of some values, under the wire's names."""
-    return {camel(name): value for name, value in values.items() if value is not None}
+    return {camel(str(name)): value for name, value in values.items() if value is not None}
+
+
+def _each(field, values):
+    """Go through what a caller gave as a list, if one can."""
+    if not hasattr(values, "__iter__"):
+        raise invalid(field, "must be a list")
+    return iter(values)
 
 
 ENTRIES = {entry.function: entry for entry in OPERATIONS}
@@ -7123,7 +7130,7 @@ class Messages:
         wrong, stores each message once.
         """
         batch, part, size, number = batch or os.urandom(16).hex(), [], 0, 0
-        for message in itertools.chain(messages, [None]):
+        for message in itertools.chain(_each("messages", messages), [None]):
             if not isinstance(message, (dict, type(None))):
                 raise invalid("messages", "must be dicts with the fields of send()")
             row, weight = _on_wire(message or {}), 0
@@ -7155,7 +7162,7 @@ class Messages:
         `ids` are ids, or dicts of id and lease_token.
         """
         acks, results = [_on_wire(each) if isinstance(each, dict) else {"id": each}
-                         for each in ids], []
+                         for each in _each("ids", ids)], []
         for start in range(0, len(acks), MAX_MANY):
             results += self._do(message_ack_many, {"acks": acks[start:start + MAX_MANY]})["results"]
         return results
@@ -7308,7 +7315,7 @@ class Client:
         headers, harmless = dict(headers or {}), harmless or method == "GET"
         self._protect(self.token or "X-Session-Key" in headers)
         if self.token:
-            headers["Authorization"] = "Bearer " + self.token
+            headers["Authorization"] = "Bearer %s" % self.token
         if query:
             path += "?" + "&".join("%s=%s" % (name, percent(value))
                                    for name, value in query.items())
@@ -8961,9 +8968,11 @@ def look_around(args, told):
     places += [("channel", name) for name in args.channel or ()]
     lost = None
     while True:
-        found = [each or (None, NexusError("unreachable", "No answer in time about %s." % name,
-                                           status=503))
-                 for (_, name), each in zip(places, side_by_side(
+        found = [each or (None, NexusError(
+            "unreachable", "No answer in time from %s about %s." % (state.server(
+                args.url, state.resolve(name) if kind == "session" else None)[0], name),
+            status=503))
+                 for (kind, name), each in zip(places, side_by_side(
                      lambda place: look_at(args, told, *place), places, NEWS_SECONDS))]
         rows, left = [row for row, _ in found if row], ends - time.monotonic()
         if lost is None:
@@ -9005,8 +9014,8 @@ def verb_news(args):
         show_news(dict(marks))
     lost = [refusal for refusal in lost if args.strict and (
         args.session or refusal.status != 404)]         # sessions end: that is no trouble
-    for refusal in lost:
-        tip("Error: " + in_flags(refusal).message)
+    for message in dict.fromkeys(in_flags(refusal).message for refusal in lost):
+        tip("Error: " + message)        # once, though many places are on that server
     return 1 if lost else 0
 
 
@@ -10674,6 +10683,7 @@ def flags_of(name):
 
 def _misused(why):
     why = re.sub("invalid (duration|age_in_hours) value: ", TIME_FORMS, why)
+    why = re.sub("^argument (.*): expected .*argument$", r"\1 takes a value", why)
     raise Usage(re.sub("^argument (.*): invalid int value: ",
                        r"\1 takes a whole number, not ", why))
 

@@ -4313,6 +4313,18 @@ class ClientPromises(ChannelCase):
                              ("invalid_request", 400))
         self.assertEqual(self.s.app.requests, before)
 
+    def test_arguments_of_a_wrong_type_are_refused_in_words(self):
+        client = self.s.client()
+        for words, call in (("messages must be a list", lambda: list(client.messages.send_many(5))),
+                            ("ids must be a list", lambda: client.messages.ack_many(5)),
+                            ("channel is required",
+                             lambda: list(client.messages.send_many([{3: 4}]))),
+                            ("5 is not a server's URL", lambda: nexus.Client(5))):
+            with self.assertRaisesRegex(nexus.NexusError, words):
+                call()
+        client.token = 5
+        self.assertEqual(client.messages.send("c", "a token may be a number")["channel"], "c")
+
     def scripted(self, *steps):
         """(a Scripted, a client on it, the list of its sleeps)."""
         server, sleeps = Scripted(self, *steps), []
@@ -5741,6 +5753,10 @@ class FlagsAndHelp(CliCase):
         self.assertIn("--limit takes a whole number, not '1.5'",
                       self.cli("tx", "inbox", "c", "--limit", "1.5").err)
 
+    def test_what_is_not_given_is_said_in_words(self):
+        self.assertIn("Error: --limit takes a value. See: nexus.py help tx inbox",
+                      self.cli("tx", "inbox", "c", "--limit").err)
+
     def test_help_lists_every_verb_and_explains_each(self):
         for ran in (self.cli("--help"), self.cli("help"), self.cli("-h", "nonsense")):
             self.assertEqual((ran.code, ran.err), (0, ""))
@@ -6605,6 +6621,8 @@ class News(CliCase):
         ran = self.cli("news", "--strict")
         self.assertEqual((ran.code, ran.out[:13]), (1, "review: 1 new"))
         self.assertIn("Error: No answer from " + DEAD_URL, ran.err)
+        ran = self.cli("news", "--strict", "--channel", "c", "--url", DEAD_URL)
+        self.assertEqual((ran.code, ran.err.count("No answer from " + DEAD_URL)), (1, 1))
         self.assertEqual(self.news("nobody"), "")
         self.assertIn("Nobody has joined", self.cli("news", "nobody", "--strict").err)
         with open(os.path.join(self.home, ".config", "messaging", "aliases.json"), "w") as file:
@@ -6619,7 +6637,8 @@ class News(CliCase):
         with patched(nexus.socket, "getaddrinfo", lambda *_, **__: go.wait(30)), \
                 patched(nexus, "NEWS_SECONDS", 0.1):
             self.assertEqual(self.news(), "")
-            self.assertIn("No answer in time about review.", self.cli("news", "--strict").err)
+            self.assertIn("No answer in time from %s about review." % self.s.url,
+                          self.cli("news", "--strict").err)
 
     def test_a_wait_ends_with_the_first_that_is_new(self):
         other = self.opened()
