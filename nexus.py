@@ -16,7 +16,7 @@ The map. The file reads downward: nothing is used before it is defined.
      2. Errors                 one exception that crosses every layer
      3. Small tools            clock, identifiers, pairing codes, strict JSON
      4. Redaction              secrets are blacked out before anything is stored
-     5. Database               SQLite, group commit, reading beside writing
+     5. Database               group commit, reading beside writing; SQLite, PostgreSQL
      6. Waiting                long polls without polling
      7. Sessions               door 1: agents, codes, messages with cursors
      8. Channels               door 2: inboxes, acks, leases, replies
@@ -40,7 +40,7 @@ With an hour, read four: 5 (how a commit is shared), 6 (how to wait without poll
 channel is) and 11 (what can be asked, and the one place that checks it).
 
 What it does not promise: no end-to-end encryption (whoever runs the server can read everything),
-no clustering (one process owns one database), no accounts.
+no clustering of its own (a database file has one process; several share a PostgreSQL), no accounts.
 """
 import collections
 import errno
@@ -168,6 +168,9 @@ GROUP = 32                      # rows changed between two looks at the clock: 0
 WAL_BYTES = 16 * 1024 * 1024    # the write-ahead log is emptied once it is longer than this
 SCRUB_SECONDS = 5.0             # deleted content leaves the WAL after this; SWEEP_SECONDS twice and
                                 # LONGEST_READ come on top: less than the ten that are promised
+CONNECT_PAUSE = 0.5             # seconds after a refusal: one may take 3, and others wait behind it
+LOOK_SECONDS = 5                # between two looks of who waits, where other servers write too
+NOTIFY_PLACES = 5               # told of at a time: each takes 1,550 bytes at most, all 7,999
 PROBE_BYTES = 65536             # written to see whether a full disk has room again
 HEAD_SECONDS = 10               # a request's head must be complete this long after its first byte
 BODY_SECONDS = 30               # and its body this long after the head
@@ -233,7 +236,8 @@ Setting.__doc__ = """One option of `serve`: a default of None is a path or text,
 SETTINGS = (
     Setting("host", "127.0.0.1", None, "address to listen on"),
     Setting("port", DEFAULT_PORT, 0, "port to listen on; 0 picks a free one"),
-    Setting("db", "nexus.db", None, "database file, or :memory: to keep nothing"),
+    Setting("db", "nexus.db", None, "database file, or :memory: to keep nothing, or"
+            " postgresql://user@host/name, which several servers share"),
     Setting("base_url", None, None, "public URL of this server, used in pairing links"),
     Setting("token", None, None, "secret that opens what is otherwise open to everyone"
             " (better: NEXUS_TOKEN or --token-file, which `ps` does not show)"),
@@ -455,10 +459,10 @@ class Clock:
     changed meanwhile sees its stored times by the new clock.
     """
 
-    def __init__(self):
+    def __init__(self, wall=time.time):
         self._clock = next((getattr(time, name) for name in ("CLOCK_BOOTTIME", "CLOCK_MONOTONIC")
                             if hasattr(time, name)), None)
-        self._offset = time.time() - self.monotonic()
+        self._offset = wall() - self.monotonic()
 
     def monotonic(self):
         """Seconds on a clock that never goes back."""
@@ -1219,7 +1223,8 @@ def redact_json(value, is_session_key=None):
 # thread: a lone writer is not slowed, sixteen pay for one fsync. Who commits for others is relieved
 # by whoever comes next. Readers of a file share READERS connections and never wait for a commit;
 # those of :memory: share the writer's. Lock order: a reading connection, then _writer_lock. Nobody
-# waits for anything but the disk while holding the latter, so no job may read().
+# waits for anything but the disk while holding the latter, so no job may read(). PostgreSQL is an
+# engine of the same kind: its one writer is one for all servers that share it.
 # ----------------------------------------------------------------------------------------
 
 # Step n brings a database from version n-1 to version n; PRAGMA user_version says where it is.
@@ -1259,7 +1264,7 @@ CREATE TABLE session_messages (
     body_hash   BLOB);
 CREATE INDEX session_messages_by_end ON session_messages (expires_at);
 CREATE UNIQUE INDEX session_messages_by_key
-    ON session_messages (place >> 32, agent_id, verified, retry_key) WHERE retry_key IS NOT NULL;
+    ON session_messages ((place >> 32), agent_id, verified, retry_key) WHERE retry_key IS NOT NULL;
 CREATE TABLE codes (
     code_hash   BLOB PRIMARY KEY,
     session     INTEGER NOT NULL,
@@ -1303,8 +1308,9 @@ CREATE TABLE channels (     -- counters, changed in the commits that change what
     dead        INTEGER NOT NULL DEFAULT 0,  -- have free_at = DEAD
     frontier    INTEGER NOT NULL DEFAULT 0)  -- up to this id all were leased once, or are over
     WITHOUT ROWID;
-INSERT INTO channels SELECT channel, COUNT(*), SUM(size), SUM(acked_at IS NULL), COUNT(lease_token),
-    0, MAX(CASE WHEN free_at > 0 THEN id ELSE 0 END) FROM messages GROUP BY channel;
+INSERT INTO channels SELECT channel, COUNT(*), SUM(size),
+    COUNT(CASE WHEN acked_at IS NULL THEN 1 END), COUNT(lease_token), 0,
+    MAX(CASE WHEN free_at > 0 THEN id ELSE 0 END) FROM messages GROUP BY channel;
 INSERT INTO counters VALUES ('max_attempts', 0);
 UPDATE messages SET leased_by = COALESCE(leased_by, '') WHERE free_at > 0;   -- from now on it stays
 CREATE INDEX messages_leased ON messages (channel, free_at, id)
@@ -1363,6 +1369,8 @@ CREATE TABLE gone (         -- of arrivals whose message is deleted: ids from fi
     last        INTEGER NOT NULL,
     first       INTEGER NOT NULL,
     PRIMARY KEY (site, last)) WITHOUT ROWID;
+""", """
+ALTER TABLE parcels ADD COLUMN mark TEXT;       -- of who opened it, and goes on with it
 """)
 APPLICATION_ID = 0x6E657875     # "nexu": tells our files from other SQLite databases
 
@@ -1467,12 +1475,13 @@ class _Spoiled(Exception):
     """A job refused after it had changed something: its commit must be taken back."""
 
 
-def storage_error(trouble):
-    """The NexusError for an sqlite3.Error that the disk or the file is to blame for."""
+def storage_error(trouble, who="SQLite", advice=ERRORS["storage_unavailable"][1]):
+    """The NexusError for a driver's error that disk, file or network are to blame for."""
     damaged = re.search("malformed|not a database", str(trouble))
-    return NexusError("storage_unavailable", "%s (SQLite says: %s.)" % (
+    return NexusError("storage_unavailable", "%s (%s says: %s.)" % (
         "The database is damaged: stop the server and see `nexus.py restore`." if damaged
-        else ERRORS["storage_unavailable"][1], trouble), headers=[("Retry-After", "5")])
+        else advice, who, one_line(" ".join(str(trouble).split()), 300).rstrip(".")),
+        headers=[("Retry-After", "5")])
 
 
 class Pool:
@@ -1533,19 +1542,23 @@ class Pool:
 
 def any_of(column, keys):
     """A condition with a question mark for each key."""
-    return "%s IN (%s)" % (column, ",".join("?" * len(keys)))
+    return "%s IN (%s)" % (column, ",".join("?" * len(keys)) or "NULL")
 
 
-class Database:
-    """One SQLite file, or memory: write(job) is durable when it returns, read() never waits for it.
+class Engine:
+    """A database as the rules of both doors see it: write(job) is durable when it returns.
 
-    Raises NexusError storage_unavailable, with a sentence, for a file that is in use, is not a
-    database, is damaged, or was made by a newer nexus.
+    read() never waits for it. What SQLite and PostgreSQL share is here: whose turn it is to commit,
+    for whom, and what becomes of a refusal. Each adds `driver`, its DB-API module, and _begin(),
+    _fetch(), missing(), scrub(), wal_bytes(), probe(), wall() and close(). A job gets a connection
+    of sqlite3, or what looks like one; both are spoken to in SQL that both understand.
     """
 
-    def __init__(self, path):
-        self.memory = path == ":memory:"
-        self.path = path if self.memory else os.path.realpath(path)
+    name = says = None                          # for /health, and in a sentence
+    advice = ERRORS["storage_unavailable"][1]   # to who was refused because of it
+    lag = 0                                     # ms until other servers know whom this one has seen
+
+    def __init__(self):
         self.commits = self.writes = self.errors = 0    # for the figures in /v1/stats
         self.last_error = None                  # the sentence of the latest of these errors
         self.fault = None                       # why the last write failed, if the disk is to blame
@@ -1553,113 +1566,11 @@ class Database:
         self._queue = collections.deque()       # writes that wait for a commit
         self._relieve = False                   # has who commits done so for others already?
         self._writer_lock = threading.Lock()    # guards the writing connection; see submit()
-        self._owner, self._connections = None, []
-        try:
-            self._open(path)
-        except BaseException as trouble:
-            self._release()
-            if isinstance(trouble, sqlite3.Error):
-                raise storage_error(trouble) from None
-            if isinstance(trouble, OSError):
-                raise NexusError("storage_unavailable", "Cannot write the database %s: %s. Choose"
-                                 " a file in a writable folder with --db." % (
-                                     self.path, trouble.strerror)) from None
-            raise
+        self._writer = self._readers = None     # a connection; a Pool, or None: as the writer does
+        self._patience = BUSY_SECONDS           # of who waits for a reading connection
 
-    def _open(self, path):
-        if not self.memory:
-            self._claim(path)
-        self._writer = self._connect()
-        self._migrate()
-        self._tune(self._writer)
-        if self.memory:
-            return
-        self._make_private()
-        # What a crash left in the WAL may be in the kernel's memory only, if its sync has failed.
-        # Commits that follow it would be lost with it; so nothing follows it.
-        self._empty_wal()
-        self._mover = self._tune(self._connect())       # moves the WAL beside the writer
-        # All now, so that reading never depends on there being descriptors: _tune opens the WAL.
-        self._readers = Pool([self._tune(self._connect()) for _ in range(READERS)])
-        self._patience = BUSY_SECONDS
-
-    def _claim(self, named):
-        """Lock the file, create it if it is not there, make it private if it is ours."""
-        self._owner = FileLock(self.path)
-        if os.path.islink(named) and not os.path.getsize(named):
-            raise FileExistsError(errno.EEXIST, "a symbolic link is no place for a new one")
-        file = create_private(self.path, fresh=0)
-        self._found, header = os.fstat(file), os.read(file, 72)
-        os.close(file)          # before SQLite opens it: this would take SQLite's locks away
-        if self._found.st_nlink > 1:
-            self._refuse("has a second name (a hard link), under which another server could"
-                         " open it unseen. Remove that name, or copy the file.")
-        if not header or header[:16] == b"SQLite format 3\0" \
-                and header[68:] == APPLICATION_ID.to_bytes(4, "big"):
-            self._make_private()
-
-    def _make_private(self):
-        """Whoever made these files, and however, they are for their owner alone."""
-        for path in (self.path, self.path + "-wal", self.path + "-shm"):
-            if os.path.lexists(path):
-                if os.path.islink(path) or os.stat(path).st_uid != self._found.st_uid:
-                    raise PermissionError(errno.EPERM, path + " is a link or somebody else's")
-                os.chmod(path, 0o600)
-
-    def _connect(self):
-        connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None,
-                                     check_same_thread=False)
-        self._connections.append(connection)
-        connection.execute("PRAGMA wal_autocheckpoint=0")       # see _checkpoint
-        return connection
-
-    @staticmethod
-    def _tune(connection):
-        for pragma in ("synchronous=FULL", "secure_delete=ON", "temp_store=MEMORY",
-                       "cache_size=-2000"):
-            connection.execute("PRAGMA " + pragma)
-        return connection
-
-    def _migrate(self):
-        """Bring the schema up to date, or refuse the file with a sentence that helps.
-
-        A start must not read gigabytes: damage beyond the first page of a table is found by the
-        read that meets it, and by backup.
-        """
-        db, advice = self._writer, "Nothing was changed. Move it away, or choose another file" \
-                                   " with --db."
-        try:
-            version, = db.execute("PRAGMA user_version").fetchone()
-            owner, = db.execute("PRAGMA application_id").fetchone()
-            tables = db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-            for name, in tables if owner == APPLICATION_ID else ():
-                db.execute('SELECT * FROM "%s" LIMIT 1' % name).fetchall()
-        except sqlite3.OperationalError:
-            raise                       # the disk's fault, or another program's
-        except sqlite3.DatabaseError as trouble:
-            self._refuse("is damaged or not a database (%s). %s `nexus.py restore` puts a copy"
-                         " made by `nexus.py backup` in its place." % (trouble, advice))
-        if tables and owner != APPLICATION_ID:
-            self._refuse("belongs to another program. " + advice)
-        if version > len(SCHEMA):
-            self._refuse("was made by a newer nexus (schema %d, this one knows %d). Use that"
-                         " nexus.py, or choose another file with --db." % (version, len(SCHEMA)))
-        if not tables:                  # in the file itself, before there is a WAL: see _claim
-            db.execute("PRAGMA application_id=%d" % APPLICATION_ID)
-        db.execute("PRAGMA journal_mode=WAL")
-        for step in range(version, len(SCHEMA)):
-            db.executescript("BEGIN; %s PRAGMA user_version=%d; COMMIT;"
-                             % (SCHEMA[step], step + 1))
-
-    def _refuse(self, why):
-        raise NexusError("storage_unavailable", "The file %s %s" % (self.path, why))
-
-    def missing(self):
-        """What was taken from under us, as a sentence, or None. Two looks: microseconds."""
-        if self.memory or self._owner.held() and still_there(self.path, self._found):
-            return None
-        return "The database or its lock was removed or replaced while the server ran. Nothing is" \
-               " stored any more. Put it back, or start the server again."
+    def share(self, waiters):
+        """Let other servers know of what happens here: there are none."""
 
     def write(self, job):
         """Run job(connection) in the next commit; return its result once that is on disk.
@@ -1743,7 +1654,7 @@ class Database:
             missing, before_all = self.missing(), db.total_changes
             if missing:
                 raise NexusError("storage_unavailable", missing)
-            db.execute("BEGIN IMMEDIATE")
+            self._begin()
             at_work = True
             for write in batch:
                 before = db.total_changes
@@ -1777,9 +1688,9 @@ class Database:
 
     def _rollback(self):
         try:
-            self._writer.execute("ROLLBACK")
-        except sqlite3.Error:
-            pass                        # SQLite has rolled back by itself: a full disk does that
+            self._writer.rollback()
+        except self.driver.Error:
+            pass                        # it has done so by itself: on a full disk, or when it died
 
     def _blame(self, trouble):
         """The disk's faults become storage_unavailable; our own stay what they are."""
@@ -1788,9 +1699,10 @@ class Database:
         if str(trouble) == "interrupted":       # by scrub
             return slow_down("server_busy", 1, "This read held others up for too long. Ask for"
                              " less at a time, or try again.")
-        if isinstance(trouble, (sqlite3.OperationalError, sqlite3.DatabaseError)) \
-                and not isinstance(trouble, (sqlite3.ProgrammingError, sqlite3.IntegrityError)):
-            trouble = storage_error(trouble)
+        driver = self.driver
+        if isinstance(trouble, driver.DatabaseError) \
+                and not isinstance(trouble, (driver.ProgrammingError, driver.IntegrityError)):
+            trouble = storage_error(trouble, self.says, self.advice)
         if getattr(trouble, "code", None) == "storage_unavailable":
             self.errors, self.last_error = self.errors + 1, trouble.message
         return trouble
@@ -1800,17 +1712,158 @@ class Database:
 
         Raises server_busy when no connection is free for BUSY_SECONDS.
         """
-        if self.memory:                 # memory has a single connection: share it by its lock
+        if self._readers is None:       # memory has a single connection: share it by its lock
             return self._alone(lambda: self._fetch(self._writer, query, parameters, fetch))
         taken = self._readers.take(self._patience)
         if not taken:
             raise slow_down("server_busy", 1)
         try:
             return self._fetch(taken[0], query, parameters, fetch)
-        except sqlite3.DatabaseError as trouble:
+        except self.driver.DatabaseError as trouble:
             raise self._blame(trouble) from None
         finally:
             self._readers.give(taken[0])
+
+    def read_page(self, query, parameters, limit, weigh):
+        """(rows, more): up to `limit` rows of a SELECT, and whether it has more.
+
+        They end before that when weigh(row) -> characters have reached ANSWER_BYTES.
+        """
+        def fetch(cursor):
+            rows, left = [], ANSWER_BYTES
+            for row in cursor:          # all, as a rule: to break off costs PostgreSQL 3 ms
+                if left <= 0:
+                    return rows, True
+                rows.append(row)
+                left -= weigh(row)
+            return rows[:limit], len(rows) > limit
+        return self.read(query + " LIMIT ?", parameters + (limit + 1,), fetch)
+
+
+class Database(Engine):
+    """One SQLite file, or memory.
+
+    Raises NexusError storage_unavailable, with a sentence, for a file that is in use, is not a
+    database, is damaged, or was made by a newer nexus.
+    """
+
+    name, says = "sqlite", "SQLite"
+    wall = staticmethod(time.time)
+
+    def __init__(self, path):
+        super().__init__()
+        self.driver = sqlite3
+        self.memory = path == ":memory:"
+        self.title, self.path = path, path if self.memory else os.path.realpath(path)
+        self._owner, self._connections = None, []
+        try:
+            self._open(path)
+        except BaseException as trouble:
+            self._release()
+            if isinstance(trouble, sqlite3.Error):
+                raise storage_error(trouble, self.says) from None
+            if isinstance(trouble, OSError):
+                raise NexusError("storage_unavailable", "Cannot write the database %s: %s. Choose"
+                                 " a file in a writable folder with --db." % (
+                                     self.path, trouble.strerror)) from None
+            raise
+
+    def _open(self, path):
+        if not self.memory:
+            self._claim(path)
+        self._writer = self._connect()
+        self._migrate()
+        self._tune(self._writer)
+        if self.memory:
+            return
+        self._make_private()
+        # What a crash left in the WAL may be in the kernel's memory only, if its sync has failed.
+        # Commits that follow it would be lost with it; so nothing follows it.
+        self._empty_wal()
+        self._mover = self._tune(self._connect())       # moves the WAL beside the writer
+        # All now, so that reading never depends on there being descriptors: _tune opens the WAL.
+        self._readers = Pool([self._tune(self._connect()) for _ in range(READERS)])
+
+    def _claim(self, named):
+        """Lock the file, create it if it is not there, make it private if it is ours."""
+        self._owner = FileLock(self.path)
+        if os.path.islink(named) and not os.path.getsize(named):
+            raise FileExistsError(errno.EEXIST, "a symbolic link is no place for a new one")
+        file = create_private(self.path, fresh=0)
+        self._found, header = os.fstat(file), os.read(file, 72)
+        os.close(file)          # before SQLite opens it: this would take SQLite's locks away
+        if self._found.st_nlink > 1:
+            self._refuse("has a second name (a hard link), under which another server could"
+                         " open it unseen. Remove that name, or copy the file.")
+        if not header or header[:16] == b"SQLite format 3\0" \
+                and header[68:] == APPLICATION_ID.to_bytes(4, "big"):
+            self._make_private()
+
+    def _make_private(self):
+        """Whoever made these files, and however, they are for their owner alone."""
+        for path in (self.path, self.path + "-wal", self.path + "-shm"):
+            if os.path.lexists(path):
+                if os.path.islink(path) or os.stat(path).st_uid != self._found.st_uid:
+                    raise PermissionError(errno.EPERM, path + " is a link or somebody else's")
+                os.chmod(path, 0o600)
+
+    def _connect(self):
+        connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None,
+                                     check_same_thread=False)
+        self._connections.append(connection)
+        connection.execute("PRAGMA wal_autocheckpoint=0")       # see _checkpoint
+        return connection
+
+    @staticmethod
+    def _tune(connection):
+        for pragma in ("synchronous=FULL", "secure_delete=ON", "temp_store=MEMORY",
+                       "cache_size=-2000"):
+            connection.execute("PRAGMA " + pragma)
+        return connection
+
+    def _migrate(self):
+        """Bring the schema up to date, or refuse the file with a sentence that helps.
+
+        A start must not read gigabytes: damage beyond the first page of a table is found by the
+        read that meets it, and by backup.
+        """
+        db, advice = self._writer, "Nothing was changed. Move it away, or choose another file" \
+                                   " with --db."
+        try:
+            version, = db.execute("PRAGMA user_version").fetchone()
+            owner, = db.execute("PRAGMA application_id").fetchone()
+            tables = db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+            for name, in tables if owner == APPLICATION_ID else ():
+                db.execute('SELECT * FROM "%s" LIMIT 1' % name).fetchall()
+        except sqlite3.OperationalError:
+            raise                       # the disk's fault, or another program's
+        except sqlite3.DatabaseError as trouble:
+            self._refuse("is damaged or not a database (%s). %s `nexus.py restore` puts a copy"
+                         " made by `nexus.py backup` in its place." % (trouble, advice))
+        if tables and owner != APPLICATION_ID:
+            self._refuse("belongs to another program. " + advice)
+        if version > len(SCHEMA):
+            self._refuse("was made by a newer nexus (schema %d, this one knows %d). Use that"
+                         " nexus.py, or choose another file with --db." % (version, len(SCHEMA)))
+        if not tables:                  # in the file itself, before there is a WAL: see _claim
+            db.execute("PRAGMA application_id=%d" % APPLICATION_ID)
+        db.execute("PRAGMA journal_mode=WAL")
+        for step in range(version, len(SCHEMA)):
+            db.executescript("BEGIN; %s PRAGMA user_version=%d; COMMIT;"
+                             % (SCHEMA[step], step + 1))
+
+    def _refuse(self, why):
+        raise NexusError("storage_unavailable", "The file %s %s" % (self.path, why))
+
+    def missing(self):
+        """What was taken from under us, as a sentence, or None. Two looks: microseconds."""
+        if self.memory or self._owner.held() and still_there(self.path, self._found):
+            return None
+        return "The database or its lock was removed or replaced while the server ran. Nothing is" \
+               " stored any more. Put it back, or start the server again."
+
+    def _begin(self):
+        self._writer.execute("BEGIN IMMEDIATE")
 
     @staticmethod
     def _fetch(connection, query, parameters, fetch):
@@ -1820,20 +1873,11 @@ class Database:
         finally:
             cursor.close()              # a SELECT that is not read to its end holds up the WAL
 
-    def read_page(self, query, parameters, limit, weigh):
-        """(rows, more): up to `limit` rows of a SELECT, and whether it has more.
-
-        They end before that when weigh(row) -> characters have reached ANSWER_BYTES.
-        """
-        def fetch(cursor):
-            rows, left = [], ANSWER_BYTES
-            for row in cursor:
-                if left <= 0 or len(rows) == limit:
-                    return rows, True
-                rows.append(row)
-                left -= weigh(row)
-            return rows, False
-        return self.read(query + " LIMIT ?", parameters + (limit + 1,), fetch)
+    @staticmethod
+    def probe(db):
+        """A write that needs some room and leaves nothing."""
+        db.execute("INSERT INTO counters VALUES ('probe', zeroblob(%d))" % PROBE_BYTES)
+        db.execute("DELETE FROM counters WHERE name = 'probe'")
 
     def scrub(self):
         """Move the WAL into the database file and empty it; False if somebody was in the way.
@@ -1846,6 +1890,7 @@ class Database:
             return True
         self._checkpoint(self._mover, "PASSIVE")
         held = self._readers.take(LONGEST_READ, READERS)
+        log.tell("moving the log into the database: deleted is gone from the disk, too")
         return self._alone(lambda: self._truncate(held))
 
     def _truncate(self, held):
@@ -1927,6 +1972,345 @@ class Database:
             self._owner = None
 
 
+# A connection that hangs is given up within 20 seconds; of a start it is not waited for longer.
+POSTGRES_PARAMETERS = {
+    "connect_timeout": 3, "tcp_user_timeout": 10000, "keepalives_idle": 10,
+    "keepalives_interval": 3, "keepalives_count": 3, "application_name": "nexus",
+    "client_encoding": "utf8"}
+# A server that stops in the middle of a commit must not keep the lock from the others for ever.
+POSTGRES_SESSION = """
+    SET search_path = nexus; SET lock_timeout = '5s'; SET jit = off;
+    SET idle_in_transaction_session_timeout = '10s';
+    SET default_transaction_isolation = 'read committed';
+    SELECT set_config('synchronous_commit', 'on', false)
+        WHERE current_setting('synchronous_commit') = 'off'"""
+# What PostgreSQL calls otherwise, as patterns: first in SCHEMA, then in what is asked.
+POSTGRES_SCHEMA = (
+    ("INTEGER PRIMARY KEY( AUTOINCREMENT)?",
+     "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"),
+    (r"\bINTEGER\b", "BIGINT"), (r"\bBLOB\b", "BYTEA"), ("WITHOUT ROWID", ""),
+    (r"\bTEXT\b", 'TEXT COLLATE "C"'),         # in the order of its bytes, as in SQLite
+    (r"lower\(hex\(randomblob\(8\)\)\)", "left(md5(random()::text || clock_timestamp()), 16)"),
+    (r"CREATE TRIGGER (\w+) (.*?) WHEN (.*?) BEGIN(.*?)END;",
+     r"CREATE FUNCTION \1() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN\4RETURN NULL; END $$;"
+     r" CREATE TRIGGER \1 \2 FOR EACH ROW WHEN (\3) EXECUTE FUNCTION \1();"))
+POSTGRES_QUERIES = (
+    ("%", "%%"), (r"\?", "%s"), (r"AND \+", "AND "),
+    (r"group_concat\(([^)]*)\)", r"string_agg(\1, ',')"),
+    (r"^(INSERT INTO messages \(.*)", r"\1 RETURNING id"),       # SQLite tells it without being
+    (r"^(INSERT INTO sessions \(.*)", r"\1 RETURNING num"))      # asked, and older ones cannot be
+# What libpq says, and what the person who reads it can do.
+POSTGRES_ADVICE = (
+    ("password|authentication|pg_hba", "Look at the user and the password in --db; NEXUS_DB,"
+     " PGPASSWORD or ~/.pgpass keep it out of `ps`."),
+    ('role "[^"]*" does not exist', "Make that user: createuser NAME."),
+    ('database "[^"]*" does not exist', "Make it: createdb NAME."),
+    ("permission denied|must be owner", "Let its owner say: GRANT CREATE ON DATABASE name TO"
+     " user; or give the server a database of its own."),
+    ("", "Look whether PostgreSQL runs there, and at --db: postgresql://user@host:5432/database."))
+
+
+@functools.lru_cache(1024)
+def in_postgres(text, words=POSTGRES_QUERIES):
+    """SQL in SQLite's words, in PostgreSQL's."""
+    for pattern, replacement in words:
+        text = re.sub(pattern, replacement, text, flags=re.S)
+    return text
+
+
+def load_psycopg():
+    """The driver, which is no part of Python. Raises NexusError with the command that gets it."""
+    advice = "Get it: %s -m pip install -U 'psycopg[binary]>=3.2'" % sys.executable
+    try:
+        try:
+            import psycopg
+        except ImportError:
+            __import__("site").main()           # the launcher goes without what pip has installed
+            import psycopg
+    except ImportError as trouble:
+        raise NexusError("storage_unavailable", "PostgreSQL needs the driver psycopg, which is not"
+                         " there (%s). %s" % (one_line(trouble), advice)) from None
+    if tuple(map(int, psycopg.__version__.split(".")[:2])) < (3, 2):
+        raise NexusError("storage_unavailable", "psycopg %s is too old. %s" % (
+            psycopg.__version__, advice))
+    return psycopg
+
+
+def teach_types(psycopg, connection):
+    """NUL, which PostgreSQL's text cannot hold, goes as two characters; sums come as integers."""
+    class TextDumper(psycopg.adapt.Dumper):
+        def dump(self, value):
+            return value.replace("\x1a", "\x1a1").replace("\0", "\x1a0").encode()
+
+    class TextLoader(psycopg.adapt.Loader):
+        def load(self, data):
+            return bytes(data).decode().replace("\x1a0", "\0").replace("\x1a1", "\x1a")
+
+    class IntegerLoader(psycopg.adapt.Loader):
+        def load(self, data):
+            return int(bytes(data))
+
+    connection.adapters.register_dumper(str, TextDumper)
+    connection.adapters.register_loader("text", TextLoader)
+    connection.adapters.register_loader("numeric", IntegerLoader)
+
+
+Inserted = collections.namedtuple("Inserted", "lastrowid rowcount")
+
+
+class PostgresConnection:
+    """A connection as jobs know it. It is opened when it is needed, and anew after it was lost.
+
+    Has one borrower at a time, like those of SQLite.
+    """
+
+    def __init__(self, connect):
+        self._connect, self._opened = connect, None
+        self.total_changes = 0
+
+    def opened(self):
+        """The driver's connection. Raises the driver's OperationalError."""
+        if self._opened is None:
+            self._opened = self._connect()
+        return self._opened
+
+    def lost(self):
+        """Is it gone, though we had it? Then the next call opens another one."""
+        if self._opened is None or not self._opened.closed:
+            return False
+        self._opened = None
+        return True
+
+    def rollback(self):
+        """Take back what a transaction has done, if there is one; a connection that is gone has."""
+        if self._opened is not None and not self.lost():
+            self._opened.execute("ROLLBACK")
+
+    def execute(self, query, parameters=()):
+        """A cursor, or Inserted."""
+        text = in_postgres(query)
+        cursor = self.opened().execute(text, parameters or None)
+        if not text.startswith("SELECT"):
+            self.total_changes += max(0, cursor.rowcount)
+        return Inserted(cursor.fetchone()[0], 1) if " RETURNING " in text else cursor
+
+    def executemany(self, query, rows):
+        """A cursor whose rowcount is the sum."""
+        cursor = self.opened().cursor()
+        cursor.executemany(in_postgres(query), rows)
+        self.total_changes += max(0, cursor.rowcount)
+        return cursor
+
+    def stream(self, query, parameters, fetch):
+        """What fetch(rows) makes of rows that come one by one; it need not take them all."""
+        with self.opened().cursor() as cursor:
+            rows = cursor.stream(in_postgres(query), parameters)
+            try:
+                return fetch(rows)
+            finally:
+                rows.close()
+
+    def interrupt(self):
+        """Break off what it is doing."""
+        if self._opened is not None:
+            self._opened.cancel()
+
+    def close(self):
+        """Let go of it; a later call would open it again."""
+        if self._opened is not None:
+            self._opened.close()
+
+
+class Postgres(Engine):
+    """A PostgreSQL database that several servers share. Raises NexusError with what to do.
+
+    One writer at a time, as in SQLite, and all its rules hold for the same reason: each commit
+    takes one advisory lock, which all servers know, and PostgreSQL lets go of it after the commit
+    is visible. So ids become visible in their order. Whoever changed something tells the others by
+    NOTIFY, in a connection of its own. That is a hint: who waits looks every LOOK_SECONDS anyway.
+    """
+
+    name, says, lag = "postgresql", "PostgreSQL", 3000      # three expiry runs
+    # A commit whose answer was lost may have come to pass.
+    advice = "The server cannot use PostgreSQL right now. Send it again in a while, with the same" \
+             " Idempotency-Key: it may be stored all the same."
+
+    def __init__(self, url):
+        super().__init__()
+        self.title, self._url = redact(url)[0], url     # for people: without the password
+        self.driver = load_psycopg()
+        every = [PostgresConnection(self._connect) for _ in range(READERS + 3)]
+        self._writer, self._teller, self._listener = every[:3]
+        self._connections, self._readers = every, Pool(every[3:])
+        self._again_at, self._refusal = 0, None     # nobody tries before then: whoever came last
+        self._mark = secrets.token_hex(8)       # tells our own notifications from the others'
+        self._news = queue.SimpleQueue()        # places to tell of; None ends it
+        self._waiters, self._stop, self._threads = None, threading.Event(), []
+        try:
+            self._migrate()
+        except NexusError:
+            self._writer.close()
+            raise
+        except self.driver.Error as trouble:
+            self._writer.close()
+            said = " ".join(str(trouble).split())
+            raise NexusError("storage_unavailable", "Cannot use %s (PostgreSQL says: %s). %s" % (
+                self.title, one_line(said, 300), next(advice for pattern, advice in POSTGRES_ADVICE
+                                                     if re.search(pattern, said)))) from None
+
+    def _connect(self):
+        if time.monotonic() < self._again_at:
+            raise self.driver.OperationalError(self._refusal)
+        given = self.driver.conninfo.conninfo_to_dict(self._url)
+        try:
+            connection = self.driver.connect(autocommit=True, **dict(POSTGRES_PARAMETERS, **given))
+        except self.driver.OperationalError as trouble:
+            self._refusal, self._again_at = str(trouble), time.monotonic() + CONNECT_PAUSE
+            raise
+        teach_types(self.driver, connection)
+        connection.execute(POSTGRES_SESSION)
+        return connection
+
+    def _migrate(self):
+        about = self._writer.opened().info
+        if about.server_version < 120000 or about.parameter_status("server_encoding") != "UTF8":
+            raise NexusError("storage_unavailable", "PostgreSQL 12 or newer is needed, and a"
+                             " database in UTF8; this is %d in %s." % (
+                                 about.server_version // 10000,
+                                 about.parameter_status("server_encoding")))
+        self._begin()
+        try:
+            self._make_schema(self._writer)
+            self._writer.execute("COMMIT")
+        except BaseException:
+            self._rollback()
+            raise
+
+    @staticmethod
+    def _make_schema(db):
+        there, ours, others = db.execute(
+            "SELECT to_regnamespace('nexus') IS NOT NULL, to_regclass('nexus.counters') IS NOT"
+            " NULL, EXISTS (SELECT 1 FROM pg_class WHERE relnamespace = to_regnamespace('nexus'))"
+            ).fetchone()
+        if others and not ours:
+            raise NexusError("storage_unavailable", "The schema nexus of this database belongs to"
+                             " another program. Nothing was changed. Choose another database.")
+        if not there:
+            db.execute("CREATE SCHEMA nexus")
+        version, = ours and db.execute(
+            "SELECT value FROM counters WHERE name = 'schema'").fetchone() or (0,)
+        if version > len(SCHEMA):
+            raise NexusError("storage_unavailable", "The database was made by a newer nexus (schema"
+                             " %d, this one knows %d). Use that nexus.py." % (version, len(SCHEMA)))
+        for step in SCHEMA[version:]:
+            db.opened().execute(in_postgres(step, POSTGRES_SCHEMA))
+        if version < len(SCHEMA):
+            db.execute("DELETE FROM counters WHERE name = 'schema'")
+            db.execute("INSERT INTO counters VALUES ('schema', ?)", (len(SCHEMA),))
+
+    def _begin(self):
+        begin = "BEGIN; SELECT pg_advisory_xact_lock(%d)" % APPLICATION_ID
+        try:
+            self._writer.execute(begin)
+        except self.driver.OperationalError:
+            if not self._writer.lost():
+                raise
+            self._writer.execute(begin)         # it was cut while nothing had begun
+
+    def _fetch(self, connection, query, parameters, fetch):
+        def look():
+            if fetch:
+                return connection.stream(query, parameters, fetch)
+            return connection.execute(query, parameters).fetchall()
+        try:
+            return look()
+        except self.driver.OperationalError:
+            if not connection.lost():
+                raise
+            return look()
+
+    def wall(self):
+        """PostgreSQL's clock, which is that of all its servers, in seconds."""
+        (now,), = self.read("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)")
+        return now / 1000
+
+    def share(self, waiters):
+        """From now on the servers tell each other what happens at which place."""
+        self._waiters = waiters
+        waiters.tell, waiters.look_every = self._news.put, LOOK_SECONDS
+        self._threads = [threading.Thread(target=work, name="nexus-" + work.__name__.strip("_"),
+                                          daemon=True) for work in (self._tell, self._listen)]
+        for thread in self._threads:
+            thread.start()
+
+    def _tell(self):
+        places = {}
+        while None not in places:
+            places = {self._news.get(): True}
+            while not self._news.empty() and len(places) < NOTIFY_PLACES:
+                places[self._news.get()] = True
+            told = [place for place in places if place]
+            try:                        # also when it ends, and wakes our own listener by it
+                self._teller.execute("SELECT pg_notify('nexus', ?)", (to_json([self._mark, told]),))
+            except self.driver.Error:
+                self._teller.lost()     # a hint is lost: who waits looks again all the same
+
+    def _listen(self):
+        while not self._stop.is_set():
+            try:
+                connection = self._listener.opened()
+                connection.execute("LISTEN nexus")
+                self._waiters.ring_all()        # nobody has told us what happened until now
+                for note in connection.notifies():
+                    if self._stop.is_set():
+                        return
+                    self._hear(note.payload)
+            except self.driver.Error:
+                self._listener.lost()
+                self._stop.wait(1)
+
+    def _hear(self, payload):
+        try:
+            mark, places = json.loads(payload)
+            for kind, name in places if mark != self._mark else ():
+                self._waiters.ring((kind, name))
+        except (ValueError, TypeError):
+            pass                        # whoever may connect may NOTIFY: this was none of us
+
+    def missing(self):
+        """Nothing can be taken from under us unseen."""
+
+    def scrub(self):
+        """What is deleted leaves PostgreSQL's files with its VACUUM; we cannot hurry that."""
+        return True
+
+    def wal_bytes(self):
+        """The log is PostgreSQL's."""
+        return 0
+
+    @staticmethod
+    def probe(db):
+        """A write that changes nothing."""
+        db.execute("UPDATE counters SET value = value WHERE name = 'expired_since_gc'")
+
+    def close(self):
+        """Finish the write under way and part."""
+        self._stop.set()
+        self._news.put(None)
+        for thread in self._threads:
+            thread.join(0.5)            # they may be waiting for a PostgreSQL that is gone
+        self._patience = 0              # what is taken now does not come back
+        self._readers.take(0.1, READERS)
+        with self._writer_lock:
+            for connection in self._connections:
+                connection.close()
+
+
+def is_postgres(name):
+    """Does --db name a PostgreSQL, and not a file?"""
+    return bool(re.match("postgres(ql)?://", name))
+
+
 # ----------------------------------------------------------------------------------------
 # 6. Waiting
 #
@@ -1963,6 +2347,7 @@ class Waiters:
 
     def __init__(self, limit, limit_per_address, clock):
         self.limit, self.limit_per_address, self._clock = limit, limit_per_address, clock
+        self.tell = self.look_every = None      # where other servers share the database
         self.closed = False             # the server is stopping: everybody is sent home
         self.parked = 0
         self._places = {}               # place -> set of bells
@@ -1971,6 +2356,12 @@ class Waiters:
 
     def notify(self, place):
         """Something happened at this place: wake those who wait there, and nobody else."""
+        if self.tell:
+            self.tell(place)
+        self.ring(place)
+
+    def ring(self, place):
+        """Wake those who wait at this place on this server."""
         if place in self._places:       # no lock: who registers after this line looks after it too
             with self._lock:
                 bells = self._places.pop(place, ())
@@ -2003,7 +2394,7 @@ class Waiters:
                 if found or left <= 0 or bell.gone or self.closed:
                     return found
                 log.tell("nothing there: parked at this %s, for %.1f s more" % (place[0], left))
-                bell.wait(min(left, due()) if due else left)
+                bell.wait(min(left, due() if due else left, self.look_every or left))
                 log.tell("woken, or time to look again")
         finally:
             self._leave(place, bell, caller)
@@ -2038,6 +2429,11 @@ class Waiters:
         """Send everybody home with what there is. New waits return at once."""
         with self._lock:
             self.closed = True
+        self.ring_all()
+
+    def ring_all(self):
+        """Let everybody look again."""
+        with self._lock:
             bells = [bell for place in self._places.values() for bell in place]
             self._places.clear()
         for bell in bells:
@@ -2085,6 +2481,16 @@ class Sessions:
     def _touch(self, num, agent_id, now):
         self.active_at[num] = now
         self.seen_at[num, agent_id] = now
+
+    def _urgent(self, session, now):
+        """Would it end, for other servers, before they know that somebody was here?"""
+        return self.db.lag and session.expires_at - now < self.db.lag
+
+    @staticmethod
+    def _prolong(db, session, now):
+        ends = now + session.ttl * 1000
+        db.execute("UPDATE sessions SET expires_at = ? WHERE num = ? AND expires_at < ?",
+                   (ends, session.num, ends))
 
     def _ends_at(self, num, ttl, expires_at):
         """When a session ends, what is noted in memory included."""
@@ -2153,7 +2559,7 @@ class Sessions:
             num = db.execute("INSERT INTO sessions (id, ttl, max_agents, creator, created_at,"
                              " expires_at, messages) VALUES (?, ?, ?, ?, ?, ?, ?)",
                              (session_id, ttl, max_agents, creator, now, now + ttl * 1000,
-                              greeting is not None)).lastrowid
+                              int(greeting is not None))).lastrowid
             if greeting is not None:
                 db.execute("INSERT INTO session_messages (place, id, agent_id, text, verified,"
                            " created_at, size) VALUES (?, ?, 'system', ?, 1, ?, 0)",
@@ -2242,12 +2648,12 @@ class Sessions:
 
         def job(db):
             session = self._as_member(self._look_up_in(db, session_id, agent_id, now), key_hash)
-            first = retry and self._first_answer(db, session.num, agent_id,
-                                                 key_hash is not None, retry, now)
+            verified = int(key_hash is not None)
+            first = retry and self._first_answer(db, session.num, agent_id, verified, retry, now)
             if first:
                 return first, True, session.num
-            return self._store(db, session, agent_id, text, payload, key_hash is not None,
-                               redacted, retry, now), False, session.num
+            return self._store(db, session, agent_id, text, payload, verified, redacted, retry,
+                               now), False, session.num
 
         def then(found):
             answer, again, num = found
@@ -2269,6 +2675,8 @@ class Sessions:
         db.execute("INSERT INTO session_messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                    ((session.num << 32) + cursor, message_id, agent_id, text, payload, verified,
                     now, ends, redacted, size, retry_key, body_hash))
+        if self._urgent(session, now):
+            self._prolong(db, session, now)
         # Its end is noted in memory (_touch): to move it in its index costs as much as the insert.
         db.execute("UPDATE sessions SET last_cursor = ?, messages = messages + 1, size = size + ?"
                    " WHERE num = ?", (cursor, size, session.num))
@@ -2314,6 +2722,8 @@ class Sessions:
             session = find()
             if not peek:
                 self._touch(session.num, agent_id, now)
+                if self._urgent(session, now):
+                    self.db.write(lambda db: self._prolong(db, session, now))
             if floor >= session.last_cursor:
                 return None
             rows, more = self._page(session, floor, limit, now, agent_id if others else "")
@@ -2532,10 +2942,11 @@ class Sessions:
         notes = sorted(self.seen_at.items())    # neighbours share pages
 
         def write(db, some):
-            db.executemany("UPDATE sessions SET expires_at = MAX(expires_at, ? + ttl * 1000)"
-                           " WHERE num = ?", [(at, num) for (num, _), at in some])
-            db.executemany("UPDATE agents SET last_seen = MAX(last_seen, ?) WHERE session = ?"
-                           " AND agent_id = ?", [(at,) + key for key, at in some])
+            db.executemany("UPDATE sessions SET expires_at = ? + ttl * 1000 WHERE num = ?"
+                           " AND expires_at < ? + ttl * 1000",
+                           [(at, num, at) for (num, _), at in some])
+            db.executemany("UPDATE agents SET last_seen = ? WHERE session = ? AND agent_id = ?"
+                           " AND last_seen < ?", [(at,) + key + (at,) for key, at in some])
             return len(some)
 
         sum(self.db.in_steps(notes, write))
@@ -2547,7 +2958,7 @@ class Sessions:
 
     def sweep(self):
         """Delete what is over, in steps; yields how many rows each commit took."""
-        now = self.clock.now()
+        now = self.clock.now() - self.db.lag
         self.write_activity()           # from here on the tables know what was over by `now`
         yield from self.db.work_off("SELECT place FROM session_messages WHERE expires_at <= ?"
                                     " ORDER BY place + 0", (now,), self._remove_messages)
@@ -2862,7 +3273,7 @@ class Channels:
         given = (channel, after) + tuple(value for _, value in filters) + (self.clock.now(),)
         states = ["NULL", "NOT NULL"] if include_acked else ["NULL"]
         if not include_acked:
-            chosen = "(" + query + " ORDER BY id LIMIT ?)"
+            chosen = "(" + query + " ORDER BY id LIMIT ?) chosen"
             (count, size), = self.db.read("SELECT COUNT(*), SUM(size) FROM " + chosen % (
                 "size", "NULL"), given + (limit + 1,))
             if not count:
@@ -3082,9 +3493,9 @@ class Channels:
                ORDER BY id LIMIT 1),
               (SELECT MAX(created_at) FROM (SELECT * FROM (
                  SELECT created_at FROM messages WHERE channel = name AND acked_at IS NULL
-                 ORDER BY id DESC LIMIT 1) UNION ALL SELECT * FROM (
+                 ORDER BY id DESC LIMIT 1) a UNION ALL SELECT * FROM (
                  SELECT created_at FROM messages WHERE channel = name AND acked_at IS NOT NULL
-                 ORDER BY id DESC LIMIT 1)))
+                 ORDER BY id DESC LIMIT 1) b) both_ends)
             FROM channels c LEFT JOIN {} e ON e.place = name LEFT JOIN {} o ON o.place = name
             WHERE name > ? AND name >= ? AND name <= ? ORDER BY name""".format(
                 LIVING, EXPIRED.format(*group), LEASES_OVER.format(*group)), (
@@ -3161,7 +3572,7 @@ class Channels:
 # ----------------------------------------------------------------------------------------
 
 Parcel = collections.namedtuple(
-    "Parcel", "dest number chosen floors upto acks_from acks_upto previous seal")
+    "Parcel", "dest number chosen floors upto acks_from acks_upto previous seal mark")
 Origin = collections.namedtuple("Origin", "site id")
 _THERE = "(SELECT num FROM sites WHERE num > 0 AND ? IN (name, id))"     # under this name
 
@@ -3177,9 +3588,10 @@ _PARCEL_ACKS = (" FROM homeward h JOIN sites s ON s.num = h.site WHERE h.seq > ?
 class Parcels:
     """What goes into parcels and what comes out of them; the files are the command line's."""
 
+    ONE = "SELECT * FROM parcels WHERE dest = ? AND number = ?"
+
     def __init__(self, db, channels, clock, settings):
         self.db, self.channels, self.clock, self.settings = db, channels, clock, settings
-        self._opened = {}       # site -> the mark of who opened the parcel that is being written
 
     def site(self):
         """{"id", "name"} of this server. The id is the database's and stays."""
@@ -3194,9 +3606,9 @@ class Parcels:
     def begin(self, dest, chosen, again, dry_run):
         """Open the next parcel to a site, or parcel `again` once more.
 
-        Returns (Parcel, messages, acks, a mark without which nobody goes on with it). One that was
-        opened and never sealed, because whoever wrote it was killed, is opened again. What it holds
-        is settled now: what is sent from now on is for the next one.
+        Returns (Parcel, messages, acks). One that was opened and never sealed, because whoever
+        wrote it was killed, is opened again. What it holds is settled now: what is sent from now
+        on is for the next one.
         """
         def job(db):
             rows = [Parcel._make(row) for row in db.execute(
@@ -3217,24 +3629,29 @@ class Parcels:
                 " FROM homeward)").fetchone()
             parcel = Parcel(dest, last.number + 1 if last else 1, chosen and to_json(chosen),
                             to_json(floors), max([upto, *floors.values()]),
-                            last.acks_upto if last else 0, acks, last and last.seal, None)
+                            last.acks_upto if last else 0, acks, last and last.seal, None,
+                            secrets.token_hex(8))
             if not dry_run:
-                db.execute("INSERT OR REPLACE INTO parcels VALUES (?,?,?,?,?,?,?,?,?)", parcel)
-                self._opened[dest] = mark       # here, where nobody else opens one
+                db.execute("DELETE FROM parcels WHERE dest = ? AND number = ?", parcel[:2])
+                db.execute("INSERT INTO parcels VALUES (?,?,?,?,?,?,?,?,?,?)", parcel)
             return parcel
 
-        mark = secrets.token_hex(8)
         parcel = self.db.write(job)
         (messages,), = self.db.read("SELECT COUNT(*)" + _PARCEL_MESSAGES % self._where(parcel)[0],
                                     self._where(parcel)[1])
         (acks,), = self.db.read("SELECT COUNT(*)" + _PARCEL_ACKS,
                                 (parcel.acks_from, parcel.acks_upto, dest, dest))
-        return parcel, messages, acks, mark
+        return parcel, messages, acks
 
-    def _check_mark(self, dest, mark):
-        """Who opened a parcel goes on with it, until somebody opens it anew or the server ends."""
-        if mark and self._opened.setdefault(dest, mark) != mark:
+    @staticmethod
+    def _opened(rows, mark):
+        """The one Parcel among the rows. Who opened it goes on with it, until others do."""
+        if not rows:
+            raise NexusError("parcel_not_found")
+        parcel = Parcel._make(rows[0])
+        if mark and parcel.mark not in (mark, None):
             raise NexusError("parcel_taken")
+        return parcel
 
     def _where(self, parcel, after=0):
         """Which messages are in a parcel: (more of the condition, parameters)."""
@@ -3252,11 +3669,8 @@ class Parcels:
 
         PARCEL_ROWS at a time, after those that are given: first all messages, then the acks.
         """
-        self._check_mark(dest, mark)
-        found = self.db.read("SELECT * FROM parcels WHERE dest = ? AND number = ?", (dest, number))
-        if not found:
-            raise NexusError("parcel_not_found")
-        parcel, own = Parcel._make(found[0]), self.site()["id"]
+        parcel = self._opened(self.db.read(self.ONE, (dest, number)), mark)
+        own = self.site()["id"]
         more, parameters = self._where(parcel, after)
         rows, _ = self.db.read_page(
             "SELECT m.id, m.wire, m.size, a.site" + _PARCEL_MESSAGES % more + " ORDER BY m.id",
@@ -3273,15 +3687,12 @@ class Parcels:
     def seal(self, dest, number, seal, mark):
         """The parcel is written: the next one goes on after it. A second seal changes nothing."""
         def job(db):
-            self._check_mark(dest, mark)
-            db.execute("UPDATE parcels SET seal = ? WHERE dest = ? AND number = ? AND seal IS NULL",
-                       (seal, dest, number))
-            return db.execute("SELECT seal FROM parcels WHERE dest = ? AND number = ?",
-                              (dest, number)).fetchone()
-        found = self.db.write(job)
-        if not found:
-            raise NexusError("parcel_not_found")
-        return found[0]
+            parcel = self._opened(db.execute(self.ONE, (dest, number)).fetchall(), mark)
+            if parcel.seal is None:
+                db.execute("UPDATE parcels SET seal = ? WHERE dest = ? AND number = ?",
+                           (seal, dest, number))
+            return parcel.seal or seal
+        return self.db.write(job)
 
     def take(self, head, drafts, acks, seal, accept_gap, dry_run):
         """Import some rows of a parcel; `seal` comes with the last of them.
@@ -3317,7 +3728,7 @@ class Parcels:
                     took["imported"] += 1
                     if not dry_run:
                         self.channels.insert(db, draft)
-                        db.execute("INSERT INTO arrivals VALUES (?, ?, last_insert_rowid(), ?)",
+                        db.execute("INSERT INTO arrivals SELECT ?, ?, MAX(id), ? FROM messages",
                                    (site, origin.id, via))
             return took
 
@@ -3326,8 +3737,8 @@ class Parcels:
             if seal and not dry_run:
                 db.execute("INSERT INTO received VALUES (?, ?, ?, ?) ON CONFLICT (site, dest) DO"
                            " UPDATE SET number = excluded.number, seal = excluded.seal"
-                           " WHERE excluded.number >= number", (via, head["to"], head["parcel"],
-                                                                seal))
+                           " WHERE excluded.number >= received.number",
+                           (via, head["to"], head["parcel"], seal))
             return self._ack(db, acks, now, dry_run)
 
         took, at = collections.Counter(imported=0, alreadyHere=0, over=0, acked=0), 0
@@ -3345,9 +3756,10 @@ class Parcels:
     @staticmethod
     def _has_come(db, site, message_id):
         """Did this message come in a parcel before, be it here or deleted?"""
-        return db.execute("SELECT 1 FROM arrivals WHERE site = ?1 AND id = ?2 UNION ALL SELECT 1"
-                          " FROM (SELECT first FROM gone WHERE site = ?1 AND last >= ?2 ORDER BY"
-                          " last LIMIT 1) WHERE first <= ?2", (site, message_id)).fetchone()
+        return db.execute("SELECT 1 FROM arrivals WHERE site = ? AND id = ? UNION ALL SELECT 1"
+                          " FROM (SELECT first FROM gone WHERE site = ? AND last >= ? ORDER BY"
+                          " last LIMIT 1) run WHERE first <= ?",
+                          (site, message_id) * 2 + (message_id,)).fetchone()
 
     @staticmethod
     def _number_of(db, site, name, dry_run, at_first_hand=False):
@@ -3355,10 +3767,11 @@ class Parcels:
 
         A name that others tell counts as long as the site itself has told none.
         """
-        row = db.execute("SELECT num, name FROM sites WHERE id = ?", (site,)).fetchone()
+        query = "SELECT num, name FROM sites WHERE id = ?"
+        row = db.execute(query, (site,)).fetchone()
         if not row and not dry_run:
             db.execute("INSERT INTO sites (id, name) VALUES (?, ?)", (site, name or site))
-            row = db.execute("SELECT last_insert_rowid(), ?", (name,)).fetchone()
+            row = db.execute(query, (site,)).fetchone()
         elif row and row[0] and name not in (None, row[1]) and not dry_run \
                 and (at_first_hand or not db.execute(
                     "SELECT 1 FROM received WHERE site = ?", row[:1]).fetchone()):
@@ -3387,9 +3800,9 @@ class Parcels:
         for ack in acks:
             row = db.execute(
                 "SELECT %s FROM messages WHERE acked_at IS NULL AND id = COALESCE((SELECT a.here"
-                " FROM arrivals a JOIN sites s ON s.num = a.site WHERE s.id = ?1 AND a.id = ?2),"
-                " (SELECT ?2 FROM sites WHERE num = 0 AND id = ?1))" % COLUMNS,
-                (ack["site"], ack["id"])).fetchone()
+                " FROM arrivals a JOIN sites s ON s.num = a.site WHERE s.id = ? AND a.id = ?),"
+                " (SELECT ? FROM sites WHERE num = 0 AND id = ?))" % COLUMNS,
+                (ack["site"], ack["id"], ack["id"], ack["site"])).fetchone()
             if row:
                 message = Message._make(row)
                 changes[message.id] = message, message._replace(
@@ -3416,12 +3829,14 @@ class Store:
     """
 
     def __init__(self, settings, clock=None):
-        self.settings, self.clock = settings, clock or Clock()
-        self.db = Database(settings.db)
+        self.settings = settings
+        self.db = (Postgres if is_postgres(settings.db) else Database)(settings.db)
+        self.clock = clock or Clock(self.db.wall)
         self.waiters = Waiters(settings.max_waiters, settings.max_waiters_per_address, self.clock)
         self.sessions = Sessions(self.db, self.waiters, self.clock, settings)
         self.channels = Channels(self.db, self.waiters, self.clock, settings)
         self.parcels = Parcels(self.db, self.channels, self.clock, settings)
+        self.db.share(self.waiters)
         self.last_sweep = {"at": None, "deleted": 0, "milliseconds": 0}
         self._failed = None             # why the last expiry run failed
         self._told = False              # has the log said that something is wrong?
@@ -3444,7 +3859,7 @@ class Store:
         try:
             if self.db.fault:           # nobody else may be writing any more: try it
                 self._clean_wal()       # may give room back
-                self.db.write(self._probe)
+                self.db.write(self.db.probe)
             self.sweep()
             self._failed = None
         except NexusError as trouble:
@@ -3458,12 +3873,6 @@ class Store:
             self._told = bool(trouble)
             log(trouble or "The trouble is over: everything is stored again.")
 
-    @staticmethod
-    def _probe(db):
-        """A write that needs some room and leaves nothing."""
-        db.execute("INSERT INTO counters VALUES ('probe', zeroblob(%d))" % PROBE_BYTES)
-        db.execute("DELETE FROM counters WHERE name = 'probe'")
-
     def trouble(self):
         """Why messages are not safe with this server right now, as a sentence; None if they are."""
         return self.db.missing() or self.db.fault or self._failed
@@ -3471,7 +3880,7 @@ class Store:
     def figures(self):
         """The disk, for /v1/stats."""
         found = {"storageOk": self.trouble() is None, "storageErrors": self.db.errors}
-        if not (self.db.memory or self.db.missing()):
+        if self.db.name == "sqlite" and not (self.db.memory or self.db.missing()):
             found["diskFreeBytes"] = shutil.disk_usage(os.path.dirname(self.db.path)).free
         return found
 
@@ -3504,7 +3913,6 @@ class Store:
             clean = False
             try:
                 clean = self.db.scrub()
-                log.tell("moved the log into the database: deleted is gone from the disk, too")
             finally:                            # a full disk raises: then it is still there
                 self.db.unscrubbed = not clean or self.db.unscrubbed
                 self._scrubbed_at = self.clock.monotonic()
@@ -4203,7 +4611,7 @@ def code_status(call, code: CODE):
 def health(call):
     """Is the server well, and what can it do?"""
     answer = {"status": "healthy", "version": VERSION, "uptime": int(call.app.uptime()),
-              "capabilities": {"messageFormat": ["text", "json"]}}
+              "engine": call.app.store.db.name, "capabilities": {"messageFormat": ["text", "json"]}}
     trouble = call.app.store.trouble()
     return Reply(dict(answer, status="degraded", reason=trouble), status=503) if trouble else answer
 
@@ -4361,12 +4769,12 @@ def parcel_begin(call, to: SITE_NAME,
                  again: PARCEL_NUMBER = None, dry_run: Field("body", "boolean") = False):
     """Open the next parcel to a site"""
     parcels = call.app.store.parcels
-    parcel, messages, acks, mark = parcels.begin(
+    parcel, messages, acks = parcels.begin(
         to, channels and [each["channel"] for each in channels], again, dry_run)
     return {"site": parcels.site(), "to": to, "parcel": parcel.number, "previous": parcel.previous,
             "sites": parcels.known(), "replaces": parcel.seal, "messages": messages, "acks": acks,
             "channels": json.loads(parcel.chosen or "null"), "upto": parcel.upto,
-            "opened": None if again else mark}
+            "opened": None if again else parcel.mark}
 
 
 @operation("GET", "/api/parcels/{to}/{number}", "ParcelRows", guarded=True)
@@ -4596,7 +5004,7 @@ SHAPES = {
     "Code": "code url expiresAt",
     "Claimed": "sessionId status sessionKey",
     "CodeState": "state",
-    "Health": "status reason? version uptime:integer capabilities:object",
+    "Health": "status reason? version uptime:integer engine capabilities:object",
     "Stats": "activeSessions:integer totalAgents:integer totalMessages:integer uptime:integer"
              " requests:integer oldestMessageAt:string|null pendingMessages:integer"
              " oldestPendingAt:string|null leasedMessages:integer deadMessages:integer"
@@ -6727,7 +7135,7 @@ def serve(settings):
     try:
         if not settings.quiet:
             sys.stderr.write("nexus %s serves %s (database: %s)\nStop it with Ctrl-C.\n"
-                             % (VERSION, server.url, settings.db))
+                             % (VERSION, server.url, server.app.store.db.title))
             if any(word.partition("=")[0] == "--token" for word in sys.argv):
                 sys.stderr.write("Everybody on this machine can read --token in `ps`:"
                                  " NEXUS_TOKEN or --token-file keep it secret.\n")
@@ -9054,7 +9462,7 @@ def check_server(args, url):
         found = prober(args, url).health()
     except NexusError as trouble:
         return dict(row, reachable=False, reason=in_flags(trouble).message)
-    return dict(row, **{name: found[name] for name in ("version", "uptime", "reason")
+    return dict(row, **{name: found[name] for name in ("version", "uptime", "engine", "reason")
                         if name in found})
 
 
@@ -9964,9 +10372,19 @@ def copy_whole(source, target, make_room=lambda: None):
             os.unlink(draft)
 
 
+def database_file(args, instead):
+    """The file that --db names. PostgreSQL has tools of its own: `instead` is the command."""
+    name = args.db or os.environ.get("NEXUS_DB") or "nexus.db"
+    if is_postgres(name):
+        raise NexusError("not_a_file", "PostgreSQL has its own tools for that: %s; see README,"
+                         " More than one machine." % instead, status=400)
+    return name
+
+
 def verb_backup(args):
     """Copy a database, also while its server runs; the copy is complete and consistent"""
-    source, target = args.db or os.environ.get("NEXUS_DB") or "nexus.db", args.file
+    target, source = args.file, database_file(
+        args, "pg_dump --schema=nexus --file=%s URL" % args.file)
     if not os.path.isfile(source):
         raise NexusError("no_database", "There is no database %s. Name it with --db." % source,
                          status=404)
@@ -9982,7 +10400,7 @@ def verb_backup(args):
 
 def verb_restore(args):
     """Put a copy in a database's place, while no server runs; what was there is moved aside"""
-    database = args.db or os.environ.get("NEXUS_DB") or "nexus.db"
+    database = database_file(args, "psql --file=%s URL" % args.file)
     before = "%s.before-%s-%03d" % (database, time.strftime("%Y%m%d-%H%M%S"),
                                     time.time() * 1000 % 1000)
     moved = {}
@@ -10358,7 +10776,7 @@ def lesson_kill(stage):
         len(kept), len(found)))
     stage.check("a message was lost, or stands twice", set(kept) <= set(found)
                 and len(found) == len(set(found)) and len(kept) >= 200)
-    stage.source(Database._commit, "BEGIN IMMEDIATE")
+    stage.source(Engine._commit, "self._begin()")
     stage.quiz("There may be more messages than answers. Why?", 1,
                "They were on the disk, and the kill came before their answers were sent.",
                "The four senders sent some of them twice.", "The disk has doubled them.")

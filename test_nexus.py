@@ -173,6 +173,66 @@ class Lines(nexus.Log):
         self._kept.append(line)
 
 
+class Cluster:
+    """Databases in the PostgreSQL of NEXUS_TEST_POSTGRES, a URL of who may make some.
+
+    `why` says why there are none. The driver may lie in the folder NEXUS_TEST_PSYCOPG.
+    """
+
+    def __init__(self):
+        self.url, self._free, self._made = os.environ.get("NEXUS_TEST_POSTGRES"), [], {}
+        self.path, self.why = os.environ.get("NEXUS_TEST_PSYCOPG"), None
+        if not self.url:
+            self.why = "NEXUS_TEST_POSTGRES is not set"
+            return
+        if self.path:
+            sys.path.append(self.path)
+        try:
+            import psycopg
+            self._connect = psycopg.connect
+        except ImportError:
+            self.why = "psycopg is not installed for this Python"
+
+    def run(self, *statements, url=None):
+        """Run statements as whoever owns the cluster; returns the rows of the last one, if any."""
+        with self._connect(url or self.url, autocommit=True) as connection:
+            for statement in statements:
+                cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else None
+
+    def database(self, name=":memory:"):
+        """The URL of an empty database; of the same one for the same name of a file."""
+        if name not in self._made:
+            url = self._free.pop() if self._free else None
+            if not url:
+                own = "nexus_test_%d_%d" % (os.getpid(), len(self._made))
+                url = re.sub(r"/[^/?]*(?=$|\?)", "/" + own, self.url)
+                self.run("CREATE DATABASE " + own)
+                self._made[own] = url
+            if name == ":memory:":
+                return url
+            self._made[name] = url
+        return self._made[name]
+
+    def give_back(self, url):
+        """Nobody needs this database any more."""
+        self.run("DROP SCHEMA IF EXISTS nexus CASCADE", url=url)
+        self._free.append(url)
+
+    def close(self):
+        """Drop them all."""
+        for name in self._made:
+            if name.startswith("nexus_test_"):
+                self.run("DROP DATABASE IF EXISTS %s WITH (FORCE)" % name)
+
+
+CLUSTER = Cluster()
+
+
+def tearDownModule():
+    CLUSTER.close()
+
+
 class Server:
     """A nexus server in this process on a free port; use as a context manager or stop() it.
 
@@ -181,9 +241,15 @@ class Server:
     logged; stop() raises if something is there that the test did not take out.
     """
 
+    postgres = False                    # while classes made by on_postgres() run
+
     def __init__(self, sweeping=False, clock=None, **settings):
         settings.setdefault("db", ":memory:")
         settings.setdefault("port", 0)
+        self._lent = None
+        if Server.postgres:
+            self._lent = settings["db"] == ":memory:"
+            settings["db"] = CLUSTER.database(settings["db"])
         self.clock, self.lines = clock or TestClock(), []
         self.settings = nexus.Settings(settings)
         start = nexus.Store.start
@@ -214,6 +280,8 @@ class Server:
         self.server.stop(seconds)
         self._thread.join()
         self._thread, nexus.log = None, self._log
+        if self._lent:
+            CLUSTER.give_back(self.settings.db)
         if self.lines:
             raise AssertionError("the server logged: %r" % self.lines)
 
@@ -321,7 +389,8 @@ def clean_environment(home, **more):
     """An environment for COMMAND, with a home of its own and without anybody's NEXUS_ settings."""
     environ = {name: value for name, value in os.environ.items()
                if not name.startswith("NEXUS_") and name != "PYTHONDONTWRITEBYTECODE"}
-    environ.update(HOME=home, USERPROFILE=home, PYTHONPATH=FOLDER, PYTHONPYCACHEPREFIX=CACHE.name)
+    environ.update(HOME=home, USERPROFILE=home, PYTHONPYCACHEPREFIX=CACHE.name,
+                   PYTHONPATH=os.pathsep.join(filter(None, (FOLDER, CLUSTER.path))))
     environ.update(more)
     return environ
 
@@ -964,7 +1033,7 @@ class SessionTest(Door1Case):
 
     def test_health_stats_metrics_and_openapi_answer(self):
         found = self.expect(self.s.call("GET", "/health"), 200)
-        self.assertEqual(set(found), names("status version uptime capabilities"))
+        self.assertEqual(set(found), names("status version uptime engine capabilities"))
         self.assertEqual((found["status"], found["capabilities"], type(found["uptime"])),
                          ("healthy", {"messageFormat": ["text", "json"]}, int))
         stats = self.expect(self.s.call("GET", "/v1/stats"), 200)
@@ -7378,8 +7447,9 @@ class Parcels(Case):
         server = self.sites["lab"]
         self.send("lab", "old", "new")
         server.store.db.write(lambda db: db.execute(
-            "INSERT INTO parcels VALUES ('field', 1, NULL, ?, 1, 0, 0, NULL, 'x')", (nexus.to_json(
-                dict({"c%d" % number: 1 for number in range(1100)}, **{"": 0, "c": 1})),)))
+            "INSERT INTO parcels VALUES ('field', 1, NULL, ?, 1, 0, 0, NULL, 'x', NULL)", (
+                nexus.to_json(dict({"c%d" % number: 1 for number in range(1100)},
+                                   **{"": 0, "c": 1})),)))
         server.store.db.write(lambda db: db.execute("UPDATE parcels SET chosen = '[\"d\"]'"))
         path = self.export("lab", "field")
         self.assertEqual([json.loads(line.decode())["message"]["content"]
@@ -9536,7 +9606,10 @@ class FileMarks(unittest.TestCase):
                   and getattr(node.func, "id", "") == "Later"}
         self.assertLessEqual({"json", "sqlite3"}, names)
         self.assertEqual({name.partition(".")[0] for name in names}
-                         - set(sys.stdlib_module_names), set())
+                         - set(sys.stdlib_module_names), {"psycopg"})
+        drivers = [node for node in self.nodes if isinstance(node, self.ast.FunctionDef)
+                   and "import psycopg" in self.ast.unparse(node)]     # nobody else needs it
+        self.assertEqual([node.name for node in drivers], ["load_psycopg"])
 
     def test_no_line_is_longer_than_100_and_no_function_longer_than_60(self):
         for path in (NEXUS, os.path.abspath(__file__)):
@@ -11738,6 +11811,484 @@ class Present(StoreCase):
 
 
 # ----------------------------------------------------------------------------------------
+# PostgreSQL
+#
+# The same promises on the other engine, by the same tests; and what only several servers can show.
+# ----------------------------------------------------------------------------------------
+
+LAG = nexus.Postgres.lag
+# Not there: they look into a file, or count commits that end by the clock.
+ONLY_SQLITE = (
+    "test_a_restored_database_gives_no_id_twice",
+    "test_databases_of_versions_1_and_2_get_their_counters",
+    "test_a_channel_that_is_full_stops_it_and_a_repetition_ends_it")
+
+
+def on_postgres(*cases):
+    """For each class of tests one more, NAMEOnPostgres, whose servers are on PostgreSQL.
+
+    Their clock is turned, and each has its database alone: it need not wait for other servers.
+    """
+    for case in cases:
+        class Moved(case):
+            __doc__ = case.__doc__
+
+            @classmethod
+            def setUpClass(cls):
+                Server.postgres, nexus.Postgres.lag = True, 0
+                super(cls, cls).setUpClass()
+
+            @classmethod
+            def tearDownClass(cls):
+                super(cls, cls).tearDownClass()
+                Server.postgres, nexus.Postgres.lag = False, LAG
+        for name in set(ONLY_SQLITE) & set(dir(case)):
+            setattr(Moved, name, None)
+        Moved.__name__ = Moved.__qualname__ = case.__name__ + "OnPostgres"
+        globals()[Moved.__name__] = unittest.skipIf(CLUSTER.why, CLUSTER.why)(Moved)
+
+
+on_postgres(SessionTest, MessageTest, LifetimeTest, PairingTest, SpectatorTest, SendTest,
+            ChannelSend, ChannelInbox, ChannelAck, ChannelIdempotency, ChannelLease, AskAndReply,
+            ManyAtOnce, OthersTest, BetweenSteps, Ends, Counted, Woken, KeysThatEnd, More, Present,
+            Parcels)
+
+
+@unittest.skipIf(CLUSTER.why, CLUSTER.why)
+class Several(Case):
+    """Two servers on one PostgreSQL: what is done on one is true on the other."""
+
+    def setUp(self):
+        self.url = CLUSTER.database(self.id())
+        self.addCleanup(CLUSTER.run, "DROP SCHEMA IF EXISTS nexus CASCADE", url=self.url)
+        self.clock = TestClock()
+
+    def two(self, **settings):
+        """Two servers in this process with one clock."""
+        return [self.server(db=self.url, clock=self.clock, **settings) for _ in range(2)]
+
+    def processes(self):
+        return [self.process("--db", self.url, "--quiet") for _ in range(2)]
+
+    def test_who_waits_on_one_server_is_woken_by_what_happens_on_the_other(self):
+        with patched(nexus, "LOOK_SECONDS", 3600):
+            one, other = self.two()
+            sid, keys = one.session(("ada", "bob"))
+            for act, ask, found in (
+                    (lambda: one.client().messages.send("c", "x"),
+                     lambda: other.client().messages.inbox("c", wait=60),
+                     lambda answer: answer[0]["content"]),
+                    (lambda: one.send(sid, "ada", "hello", keys["ada"]),
+                     lambda: other.poll(sid, "bob", "?wait=60").json,
+                     lambda answer: answer["messages"][0]["text"])):
+                asked = Started(ask)
+                until(lambda: other.store.waiters.parked)
+                act()
+                self.assertIn(found(asked.result(20)), ("x", "hello"))
+
+    def test_a_hint_that_was_lost_delays_and_loses_nothing(self):
+        with patched(nexus, "LOOK_SECONDS", 0.3):
+            one, other = self.two()
+            asked = Started(lambda: other.client().messages.inbox("c", wait=60))
+            until(lambda: other.store.waiters.parked)
+            with patched(one.store.db._teller, "execute", refusing(
+                    one.store.db.driver.OperationalError("gone"))):
+                one.client().messages.send("c", "x")
+                self.assertEqual(asked.result(20)[0]["content"], "x")
+
+    def test_strangers_that_notify_do_no_harm(self):
+        one, _ = self.two()
+        for payload in ("", "x", "[]", "[1, 2]", '["a", [3]]', '["a", [["channel", {}]]]'):
+            CLUSTER.run("NOTIFY nexus, '%s'" % payload, url=self.url)
+        asked = Started(lambda: one.client().messages.inbox("c", wait=60))
+        until(lambda: one.store.waiters.parked)
+        CLUSTER.run("""NOTIFY nexus, '["a", [["channel", "c"]]]'""", url=self.url)
+        one.client().messages.send("c", "x")
+        self.assertEqual(len(asked.result(20)), 1)
+
+    def test_codes_keys_and_leases_go_to_one_of_many(self):
+        servers = self.two()
+        sid, _ = servers[0].session(("ada",))
+        code = servers[0].call("PUT", "/v1/pair", {"sessionId": sid}).json["code"]
+        claims = [Started(server.call, "POST", "/v1/pair/%s/claim" % code, None, "bob%d" % number)
+                  for number, server in enumerate(servers * 4)]
+        self.assertEqual(sorted(claim.result(20).status for claim in claims), [200] + [404] * 7)
+        sends = [Started(server.call, "POST", "/api/messages", {"channel": "k", "content": "x"},
+                         headers={"Idempotency-Key": "same"}) for server in servers * 4]
+        self.assertEqual({send.result(20).json["id"] for send in sends}, {1})
+        for number in range(40):
+            servers[number % 2].client().messages.send("work", str(number))
+        taken = [Started(lambda at: [row["id"] for _ in range(20) for row in at.client(
+            ).messages.lease("work", "w", limit=1)], server) for server in servers * 2]
+        ids = [message_id for each in taken for message_id in each.result(30)]
+        self.assertEqual((len(ids), len(set(ids))), (40, 40))
+
+    def test_a_session_is_kept_alive_by_who_is_seen_on_the_other_server(self):
+        one, other = self.two()
+        sid, keys = one.session(("ada", "bob"), ttl=10)
+        for _ in range(3):
+            self.clock.advance(8)               # 2 s before its end; neither has swept
+            self.expect(one.poll(sid, "ada"), 200)
+            self.clock.advance(6)
+            self.expect(other.send(sid, "bob", "x", keys["bob"]), 201)
+            other.sweep()                       # well before: the next run is in time
+        self.clock.advance(10)
+        self.expect(one.poll(sid, "ada"), 404, "session_not_found")
+        other.sweep()
+        self.assertEqual(other.store.db.read("SELECT COUNT(*) FROM sessions"), [(1,)])
+        self.clock.advance(nexus.Postgres.lag / 1000)
+        other.sweep()
+        self.assertEqual(other.store.db.read("SELECT COUNT(*) FROM sessions"), [(0,)])
+
+    def test_all_characters_come_back(self):
+        one, other = self.two()
+        text = "a\0b\x1a0c\x1a1\x1a\0\U0001f600\ud7ff%s?$1"
+        sid, _ = one.session(("ada", "bob"))
+        one.send(sid, "ada", text)
+        self.assertEqual(other.poll(sid, "bob").json["messages"][0]["text"], text)
+        one.client().messages.send("c", text, sender="%?")
+        self.assertEqual(other.client().messages.inbox("c", sender="%?")[0]["content"], text)
+
+    def test_readers_by_cursor_on_both_miss_nothing_while_both_write_and_are_killed(self):
+        servers, stop, found, sent = self.processes(), threading.Event(), [[], []], []
+
+        def follow(number):
+            at = 0
+            while True:
+                last = stop.is_set()
+                rows = patient(lambda: client(number).messages.inbox("c", after_id=at, limit=100))
+                found[number] += [(row["id"], row["content"]) for row in rows]
+                at = rows[-1]["id"] if rows else at
+                if last and not rows:
+                    return
+
+        def client(number):
+            return nexus.Client(servers[number].url, patience=-1)
+
+        def patient(call):
+            for _ in range(400):
+                try:
+                    return call()
+                except (nexus.NexusError, OSError):
+                    time.sleep(0.05)            # that server is being started again
+            raise AssertionError("it was away for too long")
+
+        def write(number):
+            for each in range(60):
+                content = "%d-%d" % (number, each)
+                patient(lambda: client(number % 2).messages.send("c", content,
+                                                                 idempotency_key=content))
+                sent.append(content)
+        followers = [Started(follow, number) for number in (0, 1)]
+        writers = [Started(write, number) for number in range(6)]
+        for number in (0, 1):
+            until(lambda: len(sent) > 100 * (number + 1))
+            servers[number].stop(signal.SIGKILL)
+            servers[number] = self.process("--db", self.url, "--quiet")
+        for writer in writers:
+            writer.result(60)
+        stop.set()
+        for number, follower in enumerate(followers):
+            follower.result(60)
+            ids = [message_id for message_id, _ in found[number]]
+            self.assertEqual(ids, sorted(set(ids)))
+            self.assertEqual(sorted(content for _, content in found[number]), sorted(sent))
+        self.assertEqual(len(set(sent)), 360)
+
+    def test_connections_that_are_cut_come_back_and_nothing_answered_is_lost(self):
+        one, other = self.two()
+        one.client().messages.send("c", "before")
+        own = "application_name = 'nexus' AND datname = current_database()"
+        for _ in range(3):
+            CLUSTER.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE " + own,
+                        url=self.url)
+            for server in (one, other):
+                server.client().messages.send("c", "after")
+        self.assertEqual(len(other.client().messages.inbox("c")), 7)
+        asked = Started(lambda: other.client().messages.inbox("d", wait=60))
+        until(lambda: CLUSTER.run("SELECT COUNT(*) FROM pg_stat_activity WHERE query = 'LISTEN"
+                                  " nexus' AND " + own, url=self.url) == [(2,)])
+        one.client().messages.send("d", "x")
+        self.assertEqual(len(asked.result(20)), 1)
+
+    def test_who_listens_again_after_a_cut_looks_at_what_was_missed(self):
+        with patched(nexus, "LOOK_SECONDS", 3600):
+            one, other = self.two()
+            asked = Started(lambda: other.client().messages.inbox("c", wait=60))
+            until(lambda: other.store.waiters.parked)
+            missed = []
+            with patched(other.store.db, "_hear", missed.append):
+                one.client().messages.send("c", "x")
+                until(lambda: missed)
+            CLUSTER.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                        " WHERE query = 'LISTEN nexus' AND datname = current_database()",
+                        url=self.url)
+            self.assertEqual(len(asked.result(20)), 1)
+
+    def test_many_places_with_the_longest_names_are_told_of(self):
+        names = ["\x01" * (nexus.MAX_NAME - 2) + "%02d" % number for number in range(20)]
+        with patched(nexus, "LOOK_SECONDS", 3600):
+            one, other = self.two()
+            asked = [Started(lambda at: other.client().messages.inbox(at, wait=60), name)
+                     for name in names]
+            until(lambda: other.store.waiters.parked == len(names))
+            for name in names:              # all at once: they share what is told
+                one.store.waiters.tell(("channel", name))
+            one.store.channels.send_many([(nexus.new_message(
+                name, "s", "x", None, None, {}, None, [], self.clock.now()), None)
+                for name in names]).wait()
+            self.assertEqual([len(each.result(20)) for each in asked], [1] * len(names))
+
+    def test_commits_are_synced_and_isolated_as_the_promises_need_it_whatever_the_default(self):
+        name = self.url.rpartition("/")[2]
+        CLUSTER.run("ALTER DATABASE %s SET synchronous_commit = off" % name,
+                    "ALTER DATABASE %s SET default_transaction_isolation = serializable" % name)
+        self.addCleanup(CLUSTER.run, "ALTER DATABASE %s RESET ALL" % name)
+        server = self.server(db=self.url)
+        self.assertEqual(
+            [server.store.db._writer.execute("SHOW " + setting).fetchone()[0]
+             for setting in ("synchronous_commit", "default_transaction_isolation")],
+            ["on", "read committed"])
+        server.stop()
+        self.assertEqual(CLUSTER.run("SELECT COUNT(*) FROM pg_stat_activity WHERE application_name"
+                                     " = 'nexus' AND datname = '%s'" % name), [(0,)])
+
+    def test_the_time_is_postgresqls(self):
+        with patched(nexus.time, "time", lambda: 0), patched(nexus.Store, "start", lambda _: None):
+            store = nexus.Store(nexus.Settings({"db": self.url}))
+        self.addCleanup(store.close)
+        self.assertAlmostEqual(store.clock.now() / 1000, time.time(), delta=60)
+
+    def test_a_postgresql_that_is_gone_is_not_asked_by_each_who_waits_behind_the_first(self):
+        relay = Relay(re.search(r"@([^/]*)", self.url).group(1))
+        self.addCleanup(relay.stop)
+        with patched(nexus, "CONNECT_PAUSE", 3600):
+            server = self.server(db=self.url.replace(relay.target, "127.0.0.1:%d" % relay.port))
+            relay.cut()
+            for _ in range(9):
+                self.expect(server.call("POST", "/api/messages", {"channel": "c", "content": "x"}),
+                            503, "storage_unavailable")
+        self.assertLessEqual(relay.refused, 3)      # the writer, and the two of NOTIFY, at once
+
+    def test_without_postgresql_it_says_so_and_comes_back_by_itself(self):
+        relay = Relay(re.search(r"@([^/]*)", self.url).group(1))
+        self.addCleanup(relay.stop)
+        server = self.server(db=self.url.replace(relay.target, "127.0.0.1:%d" % relay.port),
+                             sweeping=True, clock=nexus.Clock())
+        client = server.client(patience=-1)
+        client.messages.send("c", "kept")
+        relay.cut()
+        for _ in range(2):
+            answer = server.call("POST", "/api/messages", {"channel": "c", "content": "x"})
+            self.expect(answer, 503, "storage_unavailable")
+            self.assertIn("PostgreSQL says", answer.json["message"])
+            self.expect(server.call("GET", "/api/messages/inbox/c"), 503, "storage_unavailable")
+        until(lambda: server.call("GET", "/health").status == 503)
+        relay.go_on()
+        until(lambda: server.call("GET", "/health").status == 200)
+        self.assertEqual([row["content"] for row in client.messages.inbox("c")], ["kept"])
+        client.messages.send("c", "y")
+        until(lambda: len(server.lines) == 2)
+        self.assertRegex("\n".join(server.lines), "PostgreSQL says.*\n.*The trouble is over")
+        server.lines.clear()
+
+    def test_a_server_that_stands_still_in_a_commit_does_not_hold_up_the_others_for_ever(self):
+        one, other = self.two()
+        with patched(nexus, "POSTGRES_SESSION", nexus.POSTGRES_SESSION.replace("'5s'", "'200ms'")):
+            other.store.db._writer.close()
+            with one.store.db._writer_lock:
+                one.store.db._begin()
+                answer = other.call("POST", "/api/messages", {"channel": "c", "content": "x"})
+                self.expect(answer, 503, "storage_unavailable")
+                one.store.db._rollback()
+        self.expect(other.call("POST", "/api/messages", {"channel": "c", "content": "x"}), 201)
+        self.assertIn("idle_in_transaction_session_timeout = '10s'", nexus.POSTGRES_SESSION)
+
+    def test_whatever_cannot_work_is_said_in_a_sentence_at_the_start(self):
+        database = self.url.rpartition("/")[2]
+        owned = self.url
+        for url, told in (
+                (owned.replace("/" + database, "/no_such_db"), "createdb"),
+                (re.sub("//[^@]*@", "//no_such_role@", owned), "createuser"),
+                ("postgresql://u:secret@127.0.0.1:1/x", "Look whether PostgreSQL runs there"),
+                ("postgresql://u@h/x?nonsense=1", "nonsense"),
+                (owned + "?sslmode=require", "SSL")):
+            ran = run_nexus(self.folder(), "serve", "--port", "0", "--db", url)
+            self.assertEqual((ran.code, ran.json["error"]), (1, "storage_unavailable"), ran)
+            self.assertIn(told, ran.json["message"])
+            self.assertNotIn("secret", ran.out + ran.err)
+            self.assertNotIn("Traceback", ran.err)
+
+    def start_refused(self, told):
+        with self.assertRaises(nexus.NexusError) as caught:
+            nexus.Postgres(self.url)
+        self.assertIn(told, caught.exception.message)
+
+    def test_a_schema_of_others_or_of_a_newer_nexus_is_left_alone(self):
+        CLUSTER.run("CREATE SCHEMA nexus", "CREATE TABLE nexus.x (y INT)", url=self.url)
+        self.start_refused("belongs to another program")
+        CLUSTER.run("DROP SCHEMA nexus CASCADE", url=self.url)
+        nexus.Postgres(self.url).close()
+        CLUSTER.run("UPDATE nexus.counters SET value = 99 WHERE name = 'schema'", url=self.url)
+        self.start_refused("a newer nexus")
+
+    def test_a_role_without_rights_is_told_which_it_needs(self):
+        CLUSTER.run("DROP ROLE IF EXISTS nexus_test_poor", "CREATE ROLE nexus_test_poor LOGIN")
+        self.addCleanup(CLUSTER.run, "DROP ROLE nexus_test_poor")
+        self.addCleanup(CLUSTER.run, "DROP OWNED BY nexus_test_poor", url=self.url)
+        rich, self.url = self.url, re.sub("//[^@]*@", "//nexus_test_poor@", self.url)
+        self.start_refused("GRANT CREATE ON DATABASE")
+        CLUSTER.run("CREATE SCHEMA nexus AUTHORIZATION nexus_test_poor", url=rich)
+        nexus.Postgres(self.url).close()        # a schema of its own is enough
+        self.url = rich
+
+    def test_several_starts_at_once_make_the_schema_once(self):
+        starts = [Started(nexus.Postgres, self.url) for _ in range(6)]
+        for start in starts:
+            start.result(30).close()
+
+    def test_the_driver_that_is_missing_or_old_is_named_with_the_command_that_gets_it(self):
+        for text, told in (("raise ImportError('no libpq')", "no libpq"),
+                           ("__version__ = '3.1.9'", "3.1.9 is too old")):
+            folder = self.folder()
+            with open(os.path.join(folder, "psycopg.py"), "w") as file:
+                file.write(text)
+            ran = run_nexus(folder, "serve", "--db", "postgresql://h/x",
+                            PYTHONPATH=os.pathsep.join((folder, FOLDER)))
+            self.assertEqual((ran.code, ran.json["error"]), (1, "storage_unavailable"), ran)
+            self.assertRegex(ran.json["message"], told + ".*-m pip install")
+
+    def test_its_name_is_told_and_its_password_is_not(self):
+        url = re.sub("//([^@:]*)@", r"//\1:hush@", self.url)
+        server = self.process("--db", url)
+        client = nexus.Client(server.url)
+        self.assertEqual(client.health()["engine"], "postgresql")
+        self.assertNotIn("diskFreeBytes", client.stats())
+        ran = run_nexus(self.folder(), "doctor", url=server.url)
+        self.assertEqual((ran.code, ran.json["health"][0]["engine"]), (0, "postgresql"))
+        code, said = server.stop()
+        self.assertEqual((code, "hush" in said, "postgresql://" in said), (0, False, True))
+
+
+@unittest.skipUnless(os.environ.get("NEXUS_TEST_POSTGRES_CTL"),
+                     "NEXUS_TEST_POSTGRES_CTL names no pg_ctl of a cluster of one's own")
+class Stopped(Case):
+    """PostgreSQL itself crashes and starts again, with two servers at work on it."""
+
+    def control(self, *words):
+        subprocess.run([os.environ["NEXUS_TEST_POSTGRES_CTL"], *words], check=True, timeout=60,
+                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    def test_nothing_answered_is_lost_and_the_servers_come_back_by_themselves(self):
+        url = CLUSTER.database(self.id())
+        servers = [self.process("--db", url, "--quiet") for _ in range(2)]
+        sent, refused, stop = [], [], threading.Event()
+
+        def write(number):
+            client = nexus.Client(servers[number % 2].url, patience=-1)
+            while not stop.is_set():
+                content = "%d-%d" % (number, len(sent))
+                try:
+                    client.messages.send("c", content)
+                    sent.append(content)
+                except nexus.NexusError as refusal:
+                    refused.append(refusal.code)
+                    time.sleep(0.02)
+        writers = [Started(write, number) for number in range(4)]
+        for _ in range(3):
+            before = len(sent)
+            until(lambda: len(sent) > before + 200)
+            self.control("-m", "immediate", "stop")
+            until(lambda: all(nexus_is(server, 503) for server in servers))
+            self.control("start")
+            began = time.monotonic()
+            until(lambda: all(nexus_is(server, 200) for server in servers))
+            self.assertLess(time.monotonic() - began, 5)        # seconds, as README promises
+        stop.set()
+        for writer in writers:
+            writer.result(30)
+        self.assertEqual(set(refused), {"storage_unavailable"})
+        at, kept = 0, []
+        while True:
+            rows = nexus.Client(servers[0].url).messages.inbox("c", after_id=at, limit=500)
+            kept += [row["content"] for row in rows]
+            if not rows:
+                break
+            at = rows[-1]["id"]
+        self.assertEqual(set(sent) - set(kept), set())
+
+
+def nexus_is(server, status):
+    """Does this server's /health answer with that status?"""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == status
+    finally:
+        connection.close()
+
+
+class Relay:
+    """A port behind which something listens; cut() and nobody does, until go_on()."""
+
+    def __init__(self, target):
+        host, _, port = target.partition(":")
+        self.target, self._address = target, (host, int(port or 5432))
+        self._listening, self._pairs = socket.create_server(("127.0.0.1", 0)), []
+        self.port, self._open = self._listening.getsockname()[1], True
+        self.refused = 0                # how many wanted in while it was cut
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        while True:
+            try:
+                client = self._listening.accept()[0]
+            except OSError:
+                return
+            if not self._open:
+                self.refused += 1
+                client.close()
+                continue
+            server = socket.create_connection(self._address)
+            self._pairs += [client, server]
+            for one, other in ((client, server), (server, client)):
+                threading.Thread(target=self._copy, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def _copy(one, other):
+        with contextlib.suppress(OSError):
+            while True:
+                data = one.recv(65536)
+                if not data:
+                    break
+                other.sendall(data)
+        for each in (one, other):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def cut(self):
+        """Everybody is thrown out, and nobody gets in."""
+        self._open = False
+        for each in self._pairs:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def go_on(self):
+        """Whoever comes is let in again."""
+        self._open = True
+
+    def stop(self):
+        """The port is gone, too."""
+        self.cut()
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        for each in self._pairs:
+            each.close()
+
+
+# ----------------------------------------------------------------------------------------
 # Fuzzing
 #
 # Seeded and bounded: the same bytes every time, a second of them in each test run, as many minutes
@@ -11992,6 +12543,8 @@ ROWS = [
     Row("launcher", "`send` by the launcher less a bare Python -S", "<=", 0.6, "x bash"),
     Row("cli-send", "process of `send` less a bare Python's", "<=", 1.0, "x bash"),
     Row("cli-tx", "process of `tx send` less a bare Python's", "<=", 1.0, "x bash"),
+    Row("postgres", "durable channel send on PostgreSQL, one server", ">=", 0.25, "x SQLite"),
+    Row("postgres-2", "the same through two servers", ">=", 0.25, "x SQLite"),
     Row("idle", "memory of an idle server", "<=", 30, "MiB"),
     Row("growth", "growth from 20,000 to {growth:,} requests", "<=", 4, "MiB"),
     Row("stored", "growth with {stored:,} messages stored, read", "<=", 16, "MiB"),
@@ -12111,10 +12664,11 @@ Load = collections.namedtuple("Load", "ended took begin stop bad busy")
 
 def drive(_pipe, port, lanes, seconds, count):
     """Closed loop: each lane (a list of requests) is one connection that sends its next request as
-    soon as the last is answered, for `seconds` or `count` requests. Every answer is waited for."""
+    soon as the last is answered, for `seconds` or `count` requests. Every answer is waited for.
+    Several ports are taken by turns."""
     clock, ended, took = time.perf_counter, array.array("d"), array.array("d")
     bad, selector = collections.Counter(), selectors.DefaultSelector()
-    connections = [Lane(port, lane) for lane in lanes]
+    connections = [Lane(one, lane) for one, lane in zip(itertools.cycle(port), lanes)]
     begin, cpu = clock(), time.process_time()
     stop, left = begin + seconds, count - len(lanes)
     for connection in connections:
@@ -12255,6 +12809,9 @@ class Worker:
         self.pipe.close()
 
 
+PSYCOPG = {"PYTHONPATH": CLUSTER.path} if CLUSTER.path else {}
+
+
 def bench_environment(folder, **more):
     """The environment without the user's settings, with a home of our own."""
     kept = {name: value for name, value in os.environ.items()
@@ -12263,15 +12820,16 @@ def bench_environment(folder, **more):
 
 
 class BenchServer:
-    """`nexus.py serve` on a fresh database in `folder`, with its log beside it."""
+    """`nexus.py serve` on a fresh database in `folder`, or on `url`, with its log beside it."""
 
-    def __init__(self, folder, name):
+    def __init__(self, folder, name, url=None):
         self.db, log = pathlib.Path(folder, name + ".db"), pathlib.Path(folder, name + ".log")
-        command = [sys.executable, NEXUS, "serve", "--port", "0", "--db", str(self.db),
-                   "--rate-limit", "0", "--quiet"]
+        command = [sys.executable, NEXUS, "serve", "--port", "0", "--db",
+                   url or str(self.db), "--rate-limit", "0", "--quiet"]
         with log.open("wb") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder,
-                                            env=bench_environment(folder), stdin=subprocess.DEVNULL)
+                                            env=bench_environment(folder, **PSYCOPG),
+                                            stdin=subprocess.DEVNULL)
         try:
             self.url, self.port = self.find_url(log)
         except BaseException:  # Ctrl-C as well: nobody else knows of this process yet
@@ -12332,6 +12890,7 @@ class BenchRun:
 
     def load(self, port, lanes, seconds=math.inf, count=sys.maxsize, watch=None):
         """Drive the lanes from a process of its own; `watch()` is called every 0.1 s meanwhile."""
+        port = port if isinstance(port, tuple) else (port,)
         with contextlib.closing(Worker(drive, port, lanes, seconds, count)) as worker:
             while watch and not worker.pipe.poll(0.1):
                 watch()
@@ -12474,6 +13033,22 @@ def stage_batch(run):
         for number in range(VARIANTS)] for lane in range(4)]
     run.compare("batch", (server.port, channel_lanes("single", LANES)), (server.port, batches),
                 count)
+
+
+def stage_postgres(run):
+    """Sends to PostgreSQL through one server and through two, against SQLite in the same run."""
+    if CLUSTER.why:
+        for name in ("postgres", "postgres-2"):
+            run.skip(name, CLUSTER.why)
+        return
+    run.stack.callback(CLUSTER.close)
+    url, lanes = CLUSTER.database("bench"), channel_lanes("builds", LANES)
+    plain = run.keep(BenchServer(run.folder, "sqlite"))
+    ports = tuple(run.keep(BenchServer(run.folder, name, url)).port for name in ("pg1", "pg2"))
+    for port in (plain.port, ports):            # the first second of a process is not its speed
+        run.load(port, lanes, seconds=1)
+    run.compare("postgres", (plain.port, lanes), (ports[0], lanes))
+    run.compare("postgres-2", (plain.port, lanes), (ports, lanes))
 
 
 def stage_kept(run):
@@ -12722,6 +13297,7 @@ STAGES = [
     (stage_follow, ("follow",)),
     (stage_batch, ("batch",)),
     (stage_kept, ("kept",)),
+    (stage_postgres, ("postgres", "postgres-2")),
     (stage_command_line, ("cli-send", "cli-tx", "launcher")),
     (stage_million, ("million", "growth", "stored", "expiry")),
     (stage_parked, ("held", "parked-rss", "parked")),
@@ -12773,7 +13349,8 @@ def bench_arguments(argv):
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, about a minute")
     parser.add_argument("--only", action="append", metavar="ROW", choices=[r.name for r in ROWS],
-                        help="one of: %(choices)s; may be repeated")
+                        help="this row and those of its family (parked-rss is one of parked): one"
+                        " of %(choices)s; may be repeated")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (5, quick 3)")
     return parser.parse_args(argv)
 
@@ -12783,7 +13360,8 @@ def bench(argv):
     options, begin = bench_arguments(argv), time.monotonic()
     sizes = QUICK if options.quick else FULL
     sizes = sizes._replace(rounds=max(1, options.rounds or sizes.rounds))
-    names = options.only or [row.name for row in ROWS]
+    names = [row.name for row in ROWS if not options.only
+             or {row.name, row.name.partition("-")[0]} & set(options.only)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `kill` cleans up as well
     with tempfile.TemporaryDirectory(prefix="nexus-bench-") as folder:
         folder = os.path.realpath(folder)
