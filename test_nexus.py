@@ -357,6 +357,8 @@ class Process:
     def __init__(self, folder, *flags, command=COMMAND, **environ):
         self.folder, self._ended = folder, None
         self._errors = tempfile.NamedTemporaryFile()
+        if Server.postgres:
+            flags += ("--db", CLUSTER.database(folder))
         self.process = subprocess.Popen(
             command + ["serve", "--port", "0"] + list(flags), cwd=folder,
             env=clean_environment(folder, **environ), stdin=subprocess.DEVNULL,
@@ -9356,8 +9358,9 @@ class KillNine(ServeCase):
         client.messages.gc(0)
         self.assertGreater(client.messages.send("c0", "after all is gone")["id"], spans[-1])
         self.end(process)
-        with contextlib.closing(sqlite3.connect(os.path.join(folder, "nexus.db"))) as db:
-            self.assertEqual(db.execute("PRAGMA integrity_check").fetchall(), [("ok",)])
+        if not Server.postgres:
+            with contextlib.closing(sqlite3.connect(os.path.join(folder, "nexus.db"))) as db:
+                self.assertEqual(db.execute("PRAGMA integrity_check").fetchall(), [("ok",)])
 
     def stored(self, client, sids):
         """{(place, text): message} of all there is; ids only grow, cursors have no gaps."""
@@ -11850,8 +11853,8 @@ def on_postgres(*cases):
 
 on_postgres(SessionTest, MessageTest, LifetimeTest, PairingTest, SpectatorTest, SendTest,
             ChannelSend, ChannelInbox, ChannelAck, ChannelIdempotency, ChannelLease, AskAndReply,
-            ManyAtOnce, OthersTest, BetweenSteps, Ends, Counted, Woken, KeysThatEnd, More, Present,
-            Parcels)
+            KillNine, ManyAtOnce, OthersTest, BetweenSteps, Ends, Counted, Woken, KeysThatEnd, More,
+            Present, Parcels)
 
 
 @unittest.skipIf(CLUSTER.why, CLUSTER.why)
