@@ -2756,7 +2756,9 @@ class Sessions:
             count, = db.execute("SELECT COUNT(*) FROM watches WHERE session = ?",
                                 (session.num,)).fetchone()
             if count >= MAX_WATCHES:
-                raise slow_down("quota_exceeded", 60)
+                raise slow_down("quota_exceeded", 60, "This session has %d links for spectators,"
+                                " the most there may be. Share one of them, or withdraw them all"
+                                " and make a new one." % MAX_WATCHES)
             db.execute("INSERT INTO watches VALUES (?, ?)", (digest(token), session.num))
             return self._end_of(session)
         return token, self.db.write(job)
