@@ -12136,12 +12136,13 @@ class Several(Case):
         self.start_refused("a newer nexus")
 
     def test_a_role_without_rights_is_told_which_it_needs(self):
-        CLUSTER.run("DROP ROLE IF EXISTS nexus_test_poor", "CREATE ROLE nexus_test_poor LOGIN")
-        self.addCleanup(CLUSTER.run, "DROP ROLE nexus_test_poor")
-        self.addCleanup(CLUSTER.run, "DROP OWNED BY nexus_test_poor", url=self.url)
-        rich, self.url = self.url, re.sub("//[^@]*@", "//nexus_test_poor@", self.url)
+        poor = "nexus_test_poor_%d" % os.getpid()
+        CLUSTER.run("CREATE ROLE %s LOGIN" % poor)
+        self.addCleanup(CLUSTER.run, "DROP ROLE " + poor)
+        self.addCleanup(CLUSTER.run, "DROP OWNED BY " + poor, url=self.url)
+        rich, self.url = self.url, re.sub("//[^@]*@", "//%s@" % poor, self.url)
         self.start_refused("GRANT CREATE ON DATABASE")
-        CLUSTER.run("CREATE SCHEMA nexus AUTHORIZATION nexus_test_poor", url=rich)
+        CLUSTER.run("CREATE SCHEMA nexus AUTHORIZATION " + poor, url=rich)
         nexus.Postgres(self.url).close()        # a schema of its own is enough
         self.url = rich
 
