@@ -468,6 +468,11 @@ class Clock:
         """Seconds on a clock that never goes back."""
         return time.monotonic() if self._clock is None else time.clock_gettime(self._clock)
 
+    def follow(self, wall, seconds):
+        """Come nearer to another clock, in so many seconds by a hundredth: nothing jumps."""
+        ahead = wall - self._offset - self.monotonic()
+        self._offset += max(-0.01 * seconds, min(ahead, 0.01 * seconds))
+
     def now(self):
         """Milliseconds since 1970."""
         return int((self.monotonic() + self._offset) * 1000)
@@ -1545,6 +1550,15 @@ def any_of(column, keys):
     return "%s IN (%s)" % (column, ",".join("?" * len(keys)) or "NULL")
 
 
+def both(*queries):
+    """The rows of all queries by id.
+
+    SQLite reads them side by side, each by its index. PostgreSQL would read all and sort: for it
+    the comments become brackets with a limit, see POSTGRES_QUERIES.
+    """
+    return " UNION ALL ".join("/*(*/%s/*)*/" % query for query in queries) + " ORDER BY id"
+
+
 class Engine:
     """A database as the rules of both doors see it: write(job) is durable when it returns.
 
@@ -1556,6 +1570,9 @@ class Engine:
 
     name = says = None                          # for /health, and in a sentence
     advice = ERRORS["storage_unavailable"][1]   # to who was refused because of it
+    steps = 1, GROUP                            # rows changed before the first look at the clock,
+                                                # for they may be of 1 MiB each; and before others
+    pace = 1                                    # times LONGEST_STEP may a commit take
     lag = 0                                     # ms until other servers know whom this one has seen
 
     def __init__(self):
@@ -1588,15 +1605,17 @@ class Engine:
         done, seconds = 0, STEP_SECONDS
         while done < len(keys):
             def job(db):
-                ends, at, size, total = time.perf_counter() + seconds, done, 1, nothing
+                (size, most), at, total = self.steps, done, nothing
+                ends = time.perf_counter() + seconds
                 while at < len(keys) and (at == done or time.perf_counter() < ends):
                     total = total + work(db, keys[at:at + size])
-                    at, size = at + size, min(2 * size, GROUP)      # they may be of 1 MiB each
+                    at, size = at + size, min(2 * size, most)
                 return at, total
             began = time.perf_counter()
             done, total = self.write(job)
             # Half of it was waiting and syncing: on a slow disk a sync is worth more rows.
-            seconds = min(max(STEP_SECONDS, (time.perf_counter() - began) / 2), LONGEST_STEP)
+            seconds = (time.perf_counter() - began) / 2
+            seconds = min(max(STEP_SECONDS, seconds), LONGEST_STEP * self.pace)
             yield total
 
     def work_off(self, query, parameters, work):
@@ -1996,6 +2015,7 @@ POSTGRES_SCHEMA = (
      r" CREATE TRIGGER \1 \2 FOR EACH ROW WHEN (\3) EXECUTE FUNCTION \1();"))
 POSTGRES_QUERIES = (
     ("%", "%%"), (r"\?", "%s"), (r"AND \+", "AND "),
+    (r"/\*\(\*/", "("), (r"/\*\)\*/", " ORDER BY id LIMIT %d)" % (MAX_POLL + 1)),
     (r"group_concat\(([^)]*)\)", r"string_agg(\1, ',')"),
     (r"^(INSERT INTO messages \(.*)", r"\1 RETURNING id"),       # SQLite tells it without being
     (r"^(INSERT INTO sessions \(.*)", r"\1 RETURNING num"))      # asked, and older ones cannot be
@@ -2131,6 +2151,8 @@ class Postgres(Engine):
     """
 
     name, says, lag = "postgresql", "PostgreSQL", 3000      # three expiry runs
+    steps, pace = (16, 512), 5                  # a statement costs as much as many rows, and a
+                                                # commit as much as many statements
     # A commit whose answer was lost may have come to pass.
     advice = "The server cannot use PostgreSQL right now. Send it again in a while, with the same" \
              " Idempotency-Key: it may be stored all the same."
@@ -3029,6 +3051,10 @@ RUN_OUT = LEASED + " AND free_at > 1 AND free_at <= ?"
 COUNTS = ("SELECT channel, COUNT(*), SUM(size), COUNT(CASE WHEN acked_at IS NULL THEN 1 END),"
           " COUNT(lease_token), COUNT(CASE WHEN acked_at IS NULL AND free_at = {} THEN 1 END)"
           " FROM messages WHERE %s GROUP BY channel").format(DEAD)
+# Adds to a channel's counters, if it has so many messages and characters or less. Nobody else
+# changes them. A send pays 2 microseconds for it.
+COUNT = ("UPDATE channels SET messages = messages + ?, size = size + ?, pending = pending + ?,"
+         " leased = leased + ?, dead = dead + ? WHERE name = ? AND messages <= ? AND size <= ?")
 # What the counters do not know yet, because only time has passed: what is over, and whose lease is.
 # These are counted, normally those of a second; {} is for a column to group by.
 EXPIRED = ("(SELECT {} COUNT(*) AS pending, COUNT(lease_token) AS leased, COUNT(CASE WHEN free_at ="
@@ -3037,10 +3063,10 @@ EXPIRED = ("(SELECT {} COUNT(*) AS pending, COUNT(lease_token) AS leased, COUNT(
 LEASES_OVER = ("(SELECT {} COUNT(lease_token) AS leased, COUNT(CASE WHEN attempts >= ? THEN 1 END)"
                " AS dead FROM messages WHERE %s AND %s {})") % (RUN_OUT, LIVING)
 # What a worker may take, free again or fresh: neither walks over what is leased or dead.
-LEASABLE = ("SELECT {0} FROM messages WHERE channel = ? AND {1} AND free_at = ? AND {2} UNION ALL"
-            " SELECT {0} FROM messages WHERE channel = ? AND id > (SELECT frontier FROM channels"
-            " WHERE name = ?) AND acked_at IS NULL AND free_at = 0 AND {2} ORDER BY id LIMIT ?"
-            ).format(COLUMNS, LEASED, LIVING)
+LEASABLE = both("SELECT {0} FROM messages WHERE channel = ? AND {1} AND free_at = ? AND {2}".format(
+    COLUMNS, LEASED, LIVING), "SELECT {0} FROM messages WHERE channel = ? AND id > (SELECT frontier"
+    " FROM channels WHERE name = ?) AND acked_at IS NULL AND free_at = 0 AND {1}".format(
+        COLUMNS, LIVING)) + " LIMIT ?"
 
 
 def channel_place(channel):
@@ -3145,12 +3171,15 @@ class Channels:
     def save(self, db, changes):
         """Write changed messages: (before, after) each. Returns how many."""
         def write():
+            alike = collections.defaultdict(list)       # those in which the same has changed
             for before, after in changes:
                 names = [name for name, old, new in zip(Message._fields, before, after)
                          if old != new]
-                if names:
-                    db.execute("UPDATE messages SET %s = ? WHERE id = ?" % " = ?, ".join(names),
-                               [getattr(after, name) for name in names] + [before.id])
+                alike[" = ?, ".join(names)].append(
+                    [getattr(after, name) for name in names] + [before.id])
+            alike.pop("", None)
+            for names, rows in alike.items():
+                db.executemany("UPDATE messages SET %s = ? WHERE id = ?" % names, rows)
             return len(changes)
         return self._counting(db, [before.id for before, _ in changes], write)
 
@@ -3159,31 +3188,23 @@ class Channels:
         before = db.execute(COUNTS % any_of("id", ids), ids).fetchall()
         result = write()
         after = {row[0]: row[1:] for row in db.execute(COUNTS % any_of("id", ids), ids)}
-        for channel, *counts in before:
-            change = [new - old for new, old in zip(after.get(channel, (0,) * 5), counts)]
-            self._count(db, channel, *change)
-            if change[0] < 0:
-                db.execute("DELETE FROM channels WHERE name = ? AND messages = 0", (channel,))
+        changes = [[new - old for new, old in zip(after.get(channel, (0,) * 5), counts)] + [
+            channel, MAX_ID, MAX_ID] for channel, *counts in before]
+        db.executemany(COUNT, changes)
+        fewer = [channel for messages, *_, channel, _, _ in changes if messages < 0]
+        if fewer:
+            db.execute("DELETE FROM channels WHERE messages = 0 AND " + any_of("name", fewer),
+                       fewer)
         return result
-
-    @staticmethod
-    def _count(db, channel, messages, size, pending, leased=0, dead=0, most=(MAX_ID, MAX_ID)):
-        """Add to a channel's counters, if it has `most` (messages, characters) or less so far.
-
-        Nobody else changes them. Returns whether it did. A send pays 2 microseconds for it.
-        """
-        return db.execute(
-            "UPDATE channels SET messages = messages + ?, size = size + ?, pending = pending + ?,"
-            " leased = leased + ?, dead = dead + ? WHERE name = ? AND messages <= ? AND size <= ?",
-            (messages, size, pending, leased, dead, channel) + most).rowcount
 
     def _make_room(self, db, channel, size):
         """Count one more message of `size` characters, or refuse it."""
         most = (self.settings.max_channel_messages - 1, self.settings.max_channel_bytes - size)
-        if not self._count(db, channel, 1, size, 1, most=most):
+        count = (1, size, 1, 0, 0, channel) + most
+        if not db.execute(COUNT, count).rowcount:
             is_new = db.execute("INSERT INTO channels (name) VALUES (?) ON CONFLICT DO NOTHING",
                                 (channel,)).rowcount
-            if not (is_new and self._count(db, channel, 1, size, 1, most=most)):
+            if not (is_new and db.execute(COUNT, count).rowcount):
                 raise slow_down("quota_exceeded", 60, "%s (Channel %s.)" % (
                     ERRORS["quota_exceeded"][1], one_line(channel, 60)))
 
@@ -3286,7 +3307,7 @@ class Channels:
                     + chosen % ("id, wire", "NULL"), given + (limit,))
                 return found, texts or "", count > limit
         rows, more = self.db.read_page(
-            " UNION ALL ".join(query % (COLUMNS, state) for state in states) + " ORDER BY id",
+            both(*[query % (COLUMNS, state) for state in states]),
             given * len(states), limit, _weight)
         return len(rows), ",".join(to_json(wire_message(Message._make(row))) for row in rows), more
 
@@ -3862,6 +3883,8 @@ class Store:
             if self.db.fault:           # nobody else may be writing any more: try it
                 self._clean_wal()       # may give room back
                 self.db.write(self.db.probe)
+            if self.db.lag:             # all who share it go by its clock
+                self.clock.follow(self.db.wall(), SWEEP_SECONDS)
             self.sweep()
             self._failed = None
         except NexusError as trouble:

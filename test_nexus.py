@@ -11870,6 +11870,12 @@ class Several(Case):
         """Two servers in this process with one clock."""
         return [self.server(db=self.url, clock=self.clock, **settings) for _ in range(2)]
 
+    def until_listening(self, count=2):
+        """Wait until so many servers hear what the others tell."""
+        until(lambda: CLUSTER.run(
+            "SELECT COUNT(*) FROM pg_stat_activity WHERE query = 'LISTEN nexus' AND state = 'idle'"
+            " AND datname = current_database()", url=self.url) == [(count,)])
+
     def processes(self):
         return [self.process("--db", self.url, "--quiet") for _ in range(2)]
 
@@ -11943,6 +11949,27 @@ class Several(Case):
         other.sweep()
         self.assertEqual(other.store.db.read("SELECT COUNT(*) FROM sessions"), [(0,)])
 
+    def test_who_was_seen_on_the_other_server_a_moment_ago_is_not_removed_as_idle(self):
+        one, other = self.two(agent_inactivity=10)
+        sid, _ = one.session(("ada", "bob", "eve"))
+        self.clock.advance(9)
+        other.poll(sid, "bob")                  # the other one's next run writes it down
+        self.clock.advance(2)
+        one.sweep()
+        self.assertEqual(len(one.call("GET", "/v1/sessions/" + sid).json["agents"]), 3)
+        other.sweep()
+        self.clock.advance(nexus.Postgres.lag / 1000)
+        one.sweep()
+        self.assertEqual(one.call("GET", "/v1/sessions/" + sid).json["agents"], ["ada", "bob"])
+
+    def test_channels_are_in_the_order_of_their_bytes_whatever_the_language(self):
+        names = ["a", "B", "_", "É", "é", "b", "Z", "10", "9", "\U0001f600", "\uffee"]
+        server = self.server(db=self.url)
+        for name in names:
+            server.client().messages.send(name, "x")
+        self.assertEqual([row["channel"] for row in server.client().messages.channels()],
+                         sorted(names))
+
     def test_all_characters_come_back(self):
         one, other = self.two()
         text = "a\0b\x1a0c\x1a1\x1a\0\U0001f600\ud7ff%s?$1"
@@ -12002,15 +12029,17 @@ class Several(Case):
         one, other = self.two()
         one.client().messages.send("c", "before")
         own = "application_name = 'nexus' AND datname = current_database()"
+        self.until_listening()
         for _ in range(3):
             CLUSTER.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE " + own,
                         url=self.url)
-            for server in (one, other):
-                server.client().messages.send("c", "after")
+            for server in (one, other):         # asked once: no client hides a refusal
+                self.expect(server.call("GET", "/api/messages/inbox/c/count"), 200)
+                self.expect(server.call("POST", "/api/messages", {
+                    "channel": "c", "content": "after"}), 201)
         self.assertEqual(len(other.client().messages.inbox("c")), 7)
         asked = Started(lambda: other.client().messages.inbox("d", wait=60))
-        until(lambda: CLUSTER.run("SELECT COUNT(*) FROM pg_stat_activity WHERE query = 'LISTEN"
-                                  " nexus' AND " + own, url=self.url) == [(2,)])
+        self.until_listening()
         one.client().messages.send("d", "x")
         self.assertEqual(len(asked.result(20)), 1)
 
@@ -12020,6 +12049,7 @@ class Several(Case):
             asked = Started(lambda: other.client().messages.inbox("c", wait=60))
             until(lambda: other.store.waiters.parked)
             missed = []
+            self.until_listening()
             with patched(other.store.db, "_hear", missed.append):
                 one.client().messages.send("c", "x")
                 until(lambda: missed)
@@ -12061,6 +12091,17 @@ class Several(Case):
             store = nexus.Store(nexus.Settings({"db": self.url}))
         self.addCleanup(store.close)
         self.assertAlmostEqual(store.clock.now() / 1000, time.time(), delta=60)
+
+    def test_a_clock_follows_another_one_slowly(self):
+        clock = nexus.Clock(lambda: 1000)
+        with patched(clock, "monotonic", lambda frozen=clock.monotonic(): frozen):
+            for wall, now in ((1005, 1000010), (995, 1000000), (1000.004, 1000004)):
+                clock.follow(wall, 1)
+                self.assertAlmostEqual(clock.now(), now, delta=1.5)
+        server = self.server(db=self.url, clock=nexus.Clock(lambda: time.time() - 9))
+        before = server.store.clock._offset
+        server.store.tend()
+        self.assertAlmostEqual(server.store.clock._offset - before, 0.01 * nexus.SWEEP_SECONDS)
 
     def test_a_postgresql_that_is_gone_is_not_asked_by_each_who_waits_behind_the_first(self):
         relay = Relay(re.search(r"@([^/]*)", self.url).group(1))
