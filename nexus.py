@@ -7716,11 +7716,10 @@ class State:
         return None if str(given) == "0" else str(given)
 
     def remember(self, session_id, url, agent_id, key):
-        """Keep what create, join and claim gave."""
-        self.put(session_id, "server", url)
-        self.put(session_id, "agent", agent_id)
-        if key:
-            self.put(session_id, "key", key)
+        """Keep what create, join and claim gave; without an agent nobody has joined yet."""
+        for name, value in (("server", url), ("agent", agent_id), ("key", key)):
+            if value:
+                self.put(session_id, name, value)
 
     def told(self, key):
         """What `news --once KEY` has told: {place: number of its last message}."""
@@ -8447,16 +8446,13 @@ class Commands:
 
 def verb_create(args):
     """Open a session"""
-    client = connect(args)
-    if args.creator_agent_id or args.alias:
+    client, keep = connect(args), args.creator_agent_id or args.alias
+    if keep:
         State().check()
     answer = client.create(args.ttl, args.max_agents, args.greeting, args.creator_agent_id)
     session_id = answer["sessionId"]
-    if args.creator_agent_id:
+    if keep:
         remember(args, client, session_id, args.creator_agent_id, answer)
-    elif args.alias:                    # nobody has joined yet; the name is good all the same
-        State().put(session_id, "server", client.address.url)
-        State().set_alias(args.alias, session_id)
     say(answer)
     tip("Next: nexus.py pair %s" % (args.alias or session_id))
 
@@ -8480,14 +8476,20 @@ def verb_join(args):
     say(answer)
 
 
-def verb_leave(args):
-    """Leave a session and forget it"""
-    session_id, state = session_of(args), State()
+def with_key(args, comfort=""):
+    """(session id, agent id, key) of a session in which we are. Raises missing_session_key."""
+    session_id = session_of(args)
     agent_id = agent_of(args, session_id)
     key = key_of(session_id, agent_id)
     if not key:
-        raise NexusError("missing_session_key", "This machine has no key for this session. It"
-                         " ends by itself.")
+        raise NexusError("missing_session_key",
+                         "This machine has no key for this session." + comfort)
+    return session_id, agent_id, key
+
+
+def verb_leave(args):
+    """Leave a session and forget it"""
+    session_id, agent_id, key = with_key(args, " It ends by itself.")
     client = connect(args, session_id)
     try:
         say(client.leave(session_id, agent_id, key))
@@ -8499,7 +8501,7 @@ def verb_leave(args):
             raise
         say(refusal.body())
         tip("The server had us out already.")
-    state.forget(session_id)
+    State().forget(session_id)
     tip("Left; local state is removed.")
 
 
@@ -8513,16 +8515,6 @@ def verb_pair(args):
     tip("Give this to the other agent's human: %s" % answer["url"])
     if args.qr:
         put(sys.stderr, *[painted(sys.stderr, "97;40", line) for line in qr_text(answer["url"])])
-
-
-def with_key(args):
-    """(session id, agent id, key) of a session in which we are. Raises missing_session_key."""
-    session_id = session_of(args)
-    agent_id = agent_of(args, session_id)
-    key = key_of(session_id, agent_id)
-    if not key:
-        raise NexusError("missing_session_key", "This machine has no key for this session.")
-    return session_id, agent_id, key
 
 
 def verb_open(args):
