@@ -6977,9 +6977,8 @@ class Line:
         self._idle = collections.deque()        # (connection, when it was put here)
 
     def _open(self, ends):
-        address, context = self.address, None
-        if address.secure:
-            context = _client_context(self.ca, self.pin)
+        address = self.address
+        context = address.secure and _client_context(self.ca, self.pin)
         sock = _connect(address, _left(ends))
         try:
             if context:
@@ -7887,11 +7886,11 @@ class LocalTools:
         session_id = None
         if "sessionId" in values:
             values["sessionId"] = session_id = self._state.resolve(str(values["sessionId"]))
-            for field, file in (("agentId", "agent"), ("sessionKey", "key")):
-                known = self._state.get(session_id, file)
-                if known and (field == "agentId" or values.get("agentId") == self._state.get(
-                        session_id, "agent")):
-                    values.setdefault(field, known)
+            agent_id, key = (self._state.get(session_id, name) for name in ("agent", "key"))
+            if agent_id:
+                values.setdefault("agentId", agent_id)
+            if key and values.get("agentId") == agent_id:       # another's key proves nothing
+                values.setdefault("sessionKey", key)
         client = self._client_of(session_id)
         if name in self._special:
             return self._special[name](client, entry, values)
@@ -8180,8 +8179,7 @@ def local_time(text, form="%Y-%m-%d %H:%M:%S"):
 
 def local(stream, when):
     """A time of the wire, or None, for people: local time on a terminal, else UTC."""
-    plain = when and str(when)[:19].replace("T", " ")
-    return local_time(str(when)) if when and stream.isatty() else plain
+    return when and (local_time(str(when)) if stream.isatty() else str(when)[:19].replace("T", " "))
 
 
 def zone(stream):
@@ -8261,12 +8259,12 @@ def client_for(args, url, timeout=None, **options):
                   insecure=args.insecure or None, **options)
 
 
-def connect(args, session_id=None, sender="cli"):
+def connect(args, session_id=None):
     """A client for the server that the flags, the session, the environment or config name."""
     url, source = State().server(args.url, session_id)
     if source != "default":
         tip("server: %s (%s)" % (url, source))
-    return client_for(args, url, sender=sender)
+    return client_for(args, url, sender="cli")
 
 
 def prober(args, url):
@@ -8693,22 +8691,17 @@ def verb_chat(args):
         raise ended[0]
 
 
-def conversation(client, session_id, agent_id):
-    """All messages of a session that still live, oldest first."""
-    after, more = None, True
-    while more:
-        answer = client.poll(session_id, agent_id, after)
-        yield from answer["messages"]
-        after, more = answer["nextCursor"], answer.get("more")
-
-
 def verb_transcript(args):
     """Print the whole conversation as far as it still lives: --format md, json or html"""
     session_id, form = session_of(args), args.format or "md"
     if form not in ("md", "json", "html"):
         raise Usage("--format takes md, json or html")
-    agent_id = agent_of(args, session_id)
-    messages = list(conversation(connect(args, session_id), session_id, agent_id))
+    agent_id, client = agent_of(args, session_id), connect(args, session_id)
+    messages, after, more = [], None, True
+    while more:
+        answer = client.poll(session_id, agent_id, after)
+        messages += answer["messages"]
+        after, more = answer["nextCursor"], answer.get("more")
     if form == "json":
         return say({"sessionId": session_id, "messages": messages})
     title, blocks = "Conversation " + session_id[:8], []
@@ -8999,7 +8992,7 @@ def verb_news(args):
         if args.json:
             say({"places": shown})
         else:
-            print("".join(news_line(row) + "\n" for row in shown), end="", flush=True)
+            put(sys.stdout, *map(news_line, shown))
     if args.once and rows:
         State().tell(args.once, dict(marks), show_news)
     else:
@@ -9331,18 +9324,18 @@ class Seal:
     """What ends a parcel: a hash of all bytes before it and, with a key, their HMAC."""
 
     def __init__(self, key=None):
-        self._hash, self._mac = hashlib.sha256(), hmac.new(key, b"", "sha256") if key else None
+        self._sums = {"sha256": hashlib.sha256()}
+        if key:
+            self._sums["hmac"] = hmac.new(key, b"", "sha256")
 
     def update(self, data):
         """These bytes come next."""
-        self._hash.update(data)
-        if self._mac:
-            self._mac.update(data)
+        for each in self._sums.values():
+            each.update(data)
 
     def value(self):
         """{"sha256", "hmac"?} of what came so far."""
-        found = {"sha256": self._hash.hexdigest()}
-        return dict(found, hmac=self._mac.hexdigest()) if self._mac else found
+        return {name: each.hexdigest() for name, each in self._sums.items()}
 
 
 def spool_parcel(messages, head, spool, watched):
@@ -9495,15 +9488,16 @@ def check_parcel(path, file, key):
     if version != 1:
         raise broken_parcel(path, "has the format %s, which this nexus.py does not know: use a"
                             " newer one" % one_line(version, 20))
-    for after in lines:
+    whole.update(line)
+    for line in lines:
         if found:
             raise broken_parcel(path, "goes on after its seal")
-        whole.update(line)
-        line = after
-        if line.startswith(b'{"seal":'):
-            found = parcel_line(path, line, PARCEL_LINES)[1]
+        name, row = parcel_line(path, line, PARCEL_LINES)
+        counts[name] += 1
+        if name == "seal":
+            found = row
         else:
-            counts[parcel_line(path, line, PARCEL_LINES)[0]] += 1
+            whole.update(line)
     made = whole.value()
     if not found:
         raise broken_parcel(path, "was cut short: its seal is missing")
@@ -10141,7 +10135,7 @@ class Stage:
 
     def quiz(self, question, right, *choices):
         """A question with numbered answers, until it is answered well; `right` is a number."""
-        self.show("", *textwrap.wrap(question, SCREEN_COLUMNS))
+        self.tell(question)
         for pair in enumerate(choices, 1):
             self.show(*textwrap.wrap("  %d  %s" % pair, SCREEN_COLUMNS, subsequent_indent=" " * 5))
         while self._asks:
@@ -10206,7 +10200,7 @@ def lesson_cursors(stage):
     stage.check("they are not the three in order",
                 [row["text"] for row in found] == ["one", "two", "three"] and found[0]["verified"])
     stage.check("she read twice", stage.run("ada", "poll", "talk")["messages"] == [])
-    stage.source(Sessions._page, "def", 15)
+    stage.source(Sessions._page, "def")
     stage.quiz("Ada's machine loses power before she has read the answer to her poll. Are the"
                " messages in it lost?", 1,
                "No: the server deletes nothing that was read; she asks with her old cursor again.",
@@ -10251,7 +10245,7 @@ def lesson_fan_out(stage):
     for reader in ("bob", "carol"):
         found = stage.run(reader, "tx", "inbox", "news", "--after", "0", "--json")
         stage.check("%s found it not" % reader, [row["id"] for row in found] == [sent["id"]])
-    stage.source(Channels._page, "def", 15)
+    stage.source(Channels._page, "def")
     stage.quiz("Who decides that a message is done?", 2,
                "The server, once every reader has seen it: it keeps a list of them.",
                "A reader, by acknowledging it; the server knows no list of readers.",
@@ -10468,7 +10462,7 @@ def verb_selftest(args):
 def verb_demo(args):
     """Watch two agents meet, talk and part: a server and both agents in one command"""
     pause = wait_for_enter if args.step else lambda: time.sleep(args.slow or 0)
-    with Stage(pause=lambda: None) as stage:
+    with Stage() as stage:
         stage.tell("A server runs at %s. Ada and Bob are two agents, each with a home of its own."
                    % stage.url)
 
@@ -10738,16 +10732,14 @@ def arrange(words):
     return name, flags, rest
 
 
-def nearest(words):
-    """The verb that was perhaps meant, told by all its words or by the last; or ""."""
-    last = {name.rpartition(" ")[2]: name for name in reversed(list(VERBS))}
-    found = difflib.get_close_matches(words.lower(), [*VERBS, *last], 1)
-    return last.get(found[0], found[0]) if found else ""
-
-
 def unknown(why, words, name=""):
-    """The refusal of words that are no verb; where to look instead: the nearest verb, or `name`."""
-    near = nearest(words)
+    """The refusal of words that are no verb; where to look instead: the nearest verb, or `name`.
+
+    The nearest one is told by all its words or by the last.
+    """
+    last = {verb.rpartition(" ")[2]: verb for verb in reversed(list(VERBS))}
+    near = "".join(difflib.get_close_matches(words.lower(), [*VERBS, *last], 1))
+    near = last.get(near, near)
     return Usage("%s %s%s" % (why, words, near and " (did you mean %s?)" % near), near or name)
 
 
@@ -10875,13 +10867,13 @@ def run_and_explain(words):
 
 def main():
     """The command line: run it, and turn whatever went wrong into one document and a code."""
-    for name in ("stdin", "stdout", "stderr"):      # in this order they get the numbers 0, 1, 2
-        if getattr(sys, name) is None:              # the shell closed it, as in `>&-`
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
-    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace"),
-                           (sys.stderr, "backslashreplace")):
+    for name, mode, errors in (         # in this order they get the numbers 0, 1, 2
+            ("stdin", "r", "strict"), ("stdout", "w", "backslashreplace"),
+            ("stderr", "w", "backslashreplace")):
+        if getattr(sys, name) is None:  # the shell closed it, as in `>&-`
+            setattr(sys, name, open(os.devnull, mode))
         try:        # consoles of other code pages must not stop a message
-            stream.reconfigure(encoding="utf-8", errors=errors)
+            getattr(sys, name).reconfigure(encoding="utf-8", errors=errors)
         except (AttributeError, ValueError):
             pass                        # somebody has put another object there
     try:
