@@ -9183,12 +9183,12 @@ def stopped(refusal, stored, args, batch):
     return refusal
 
 
-def show_progress(stored, seconds, share=None):
+def show_progress(done, began, whole=None):
     """How many messages are done, how fast and, where it is known, which share of all."""
-    text = "%d message(s), %d/s" % (stored, stored / (seconds or 1))
-    if share is None and os.path.isfile(0):
-        share = os.lseek(0, 0, os.SEEK_CUR) / (os.path.getsize(0) or 1)
-    text += ", %d %%" % (100 * share) if share is not None else ""
+    text, part = "%d message(s), %d/s" % (done, done / (time.monotonic() - began or 1)), done
+    if whole is None and os.path.isfile(0):
+        part, whole = os.lseek(0, 0, os.SEEK_CUR), os.path.getsize(0)
+    text += ", %d %%" % (100 * part / (whole or 1)) if whole is not None else ""
     put(sys.stderr, text.ljust(50), end="\r")
 
 
@@ -9210,7 +9210,7 @@ def send_lines(messages, args):
                     hang_up()
             if watched and time.monotonic() - shown > PROGRESS_SECONDS:
                 shown = time.monotonic()
-                show_progress(stored, shown - began)
+                show_progress(stored, began)
     except NexusError as refusal:
         raise stopped(refusal, stored, args, batch) from None
     except (OSError, KeyboardInterrupt):
@@ -9351,8 +9351,7 @@ def spool_parcel(messages, head, spool, watched):
         if not page["messages"] and not page["acks"]:
             return counts
         if watched:
-            show_progress(sum(counts), time.monotonic() - began,
-                          sum(counts) / (head["messages"] + head["acks"] or 1))
+            show_progress(sum(counts), began, head["messages"] + head["acks"])
 
 
 def write_parcel(path, head, spool, key):
@@ -9387,12 +9386,11 @@ def tx_export(messages, args):
         raise NexusError("file_exists", "%s is there already; an export overwrites nothing."
                          % args.file, status=409)
     begun = messages.parcel(args.to, args.channel, args.again, args.dry_run)
-    number = begun["parcel"]
-    if args.dry_run or not (begun["messages"] or begun["acks"] or args.again):
-        show(args, begun, "Nothing is new for %(to)s: no parcel was written"
-             if not (begun["messages"] or begun["acks"]) else
-             "Parcel %(parcel)d for %(to)s would hold %(messages)d message(s), %(acks)d ack(s)")
-        return
+    number, new = begun["parcel"], begun["messages"] or begun["acks"]
+    if args.dry_run or not (new or args.again):
+        return show(args, begun, "Parcel %(parcel)d for %(to)s would hold %(messages)d message(s),"
+                    " %(acks)d ack(s)" if new else
+                    "Nothing is new for %(to)s: no parcel was written")
     head = {"nexusParcel": 1, "site": begun["site"], "to": args.to, "parcel": number,
             "previous": begun["previous"], "createdAt": iso(Clock().now()),
             "channels": begun["channels"]}
@@ -9546,17 +9544,15 @@ def tx_import(messages, args):
                     head["site"], head["to"], head["parcel"], rows, acks, head.get("previous"),
                     head.get("sites"), seal if last else None, args.accept_gap, args.dry_run))
                 if watched:
-                    done = sum(took.values())
-                    show_progress(done, time.monotonic() - began,
-                                  done / (head["messages"] + head["acks"] or 1))
+                    show_progress(sum(took.values()), began, head["messages"] + head["acks"])
     except (NexusError, KeyboardInterrupt) as trouble:
         how_far = "%d message(s) and ack(s) of it were taken, maybe some more; the same command" \
                   " takes the rest." % sum(took.values()) if took and not args.dry_run \
                   else "Nothing was imported."
-        if not isinstance(trouble, NexusError):
+        if isinstance(trouble, NexusError):
+            trouble.message += " " + how_far
+        else:
             tip(how_far)
-            raise
-        trouble.message += " " + how_far
         raise
     if watched:
         put(sys.stderr, " " * 50, end="\r")
