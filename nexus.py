@@ -9488,7 +9488,7 @@ def check_parcel(path, file, key):
                             " newer one" % one_line(version, 20))
     whole.update(line)
     for line in lines:
-        if found:
+        if counts["seal"]:
             raise broken_parcel(path, "goes on after its seal")
         name, row = parcel_line(path, line, PARCEL_LINES)
         counts[name] += 1
