@@ -7410,9 +7410,8 @@ class Line:
         self._idle = collections.deque()        # (connection, when it was put here)
 
     def _open(self, ends):
-        address, context = self.address, None
-        if address.secure:
-            context = _client_context(self.ca, self.pin)
+        address = self.address
+        context = address.secure and _client_context(self.ca, self.pin)
         sock = _connect(address, _left(ends))
         try:
             if context:
@@ -8149,11 +8148,10 @@ class State:
         return None if str(given) == "0" else str(given)
 
     def remember(self, session_id, url, agent_id, key):
-        """Keep what create, join and claim gave."""
-        self.put(session_id, "server", url)
-        self.put(session_id, "agent", agent_id)
-        if key:
-            self.put(session_id, "key", key)
+        """Keep what create, join and claim gave; without an agent nobody has joined yet."""
+        for name, value in (("server", url), ("agent", agent_id), ("key", key)):
+            if value:
+                self.put(session_id, name, value)
 
     def told(self, key):
         """What `news --once KEY` has told: {place: number of its last message}."""
@@ -8321,11 +8319,11 @@ class LocalTools:
         session_id = None
         if "sessionId" in values:
             values["sessionId"] = session_id = self._state.resolve(str(values["sessionId"]))
-            for field, file in (("agentId", "agent"), ("sessionKey", "key")):
-                known = self._state.get(session_id, file)
-                if known and (field == "agentId" or values.get("agentId") == self._state.get(
-                        session_id, "agent")):
-                    values.setdefault(field, known)
+            agent_id, key = (self._state.get(session_id, name) for name in ("agent", "key"))
+            if agent_id:
+                values.setdefault("agentId", agent_id)
+            if key and values.get("agentId") == agent_id:       # another's key proves nothing
+                values.setdefault("sessionKey", key)
         client = self._client_of(session_id)
         if name in self._special:
             return self._special[name](client, entry, values)
@@ -8614,8 +8612,7 @@ def local_time(text, form="%Y-%m-%d %H:%M:%S"):
 
 def local(stream, when):
     """A time of the wire, or None, for people: local time on a terminal, else UTC."""
-    plain = when and str(when)[:19].replace("T", " ")
-    return local_time(str(when)) if when and stream.isatty() else plain
+    return when and (local_time(str(when)) if stream.isatty() else str(when)[:19].replace("T", " "))
 
 
 def zone(stream):
@@ -8695,12 +8692,12 @@ def client_for(args, url, timeout=None, **options):
                   insecure=args.insecure or None, **options)
 
 
-def connect(args, session_id=None, sender="cli"):
+def connect(args, session_id=None):
     """A client for the server that the flags, the session, the environment or config name."""
     url, source = State().server(args.url, session_id)
     if source != "default":
         tip("server: %s (%s)" % (url, source))
-    return client_for(args, url, sender=sender)
+    return client_for(args, url, sender="cli")
 
 
 def prober(args, url):
@@ -8880,16 +8877,13 @@ class Commands:
 
 def verb_create(args):
     """Open a session"""
-    client = connect(args)
-    if args.creator_agent_id or args.alias:
+    client, keep = connect(args), args.creator_agent_id or args.alias
+    if keep:
         State().check()
     answer = client.create(args.ttl, args.max_agents, args.greeting, args.creator_agent_id)
     session_id = answer["sessionId"]
-    if args.creator_agent_id:
+    if keep:
         remember(args, client, session_id, args.creator_agent_id, answer)
-    elif args.alias:                    # nobody has joined yet; the name is good all the same
-        State().put(session_id, "server", client.address.url)
-        State().set_alias(args.alias, session_id)
     say(answer)
     tip("Next: nexus.py pair %s" % (args.alias or session_id))
 
@@ -8913,14 +8907,20 @@ def verb_join(args):
     say(answer)
 
 
-def verb_leave(args):
-    """Leave a session and forget it"""
-    session_id, state = session_of(args), State()
+def with_key(args, comfort=""):
+    """(session id, agent id, key) of a session in which we are. Raises missing_session_key."""
+    session_id = session_of(args)
     agent_id = agent_of(args, session_id)
     key = key_of(session_id, agent_id)
     if not key:
-        raise NexusError("missing_session_key", "This machine has no key for this session. It"
-                         " ends by itself.")
+        raise NexusError("missing_session_key",
+                         "This machine has no key for this session." + comfort)
+    return session_id, agent_id, key
+
+
+def verb_leave(args):
+    """Leave a session and forget it"""
+    session_id, agent_id, key = with_key(args, " It ends by itself.")
     client = connect(args, session_id)
     try:
         say(client.leave(session_id, agent_id, key))
@@ -8932,7 +8932,7 @@ def verb_leave(args):
             raise
         say(refusal.body())
         tip("The server had us out already.")
-    state.forget(session_id)
+    State().forget(session_id)
     tip("Left; local state is removed.")
 
 
@@ -8946,16 +8946,6 @@ def verb_pair(args):
     tip("Give this to the other agent's human: %s" % answer["url"])
     if args.qr:
         put(sys.stderr, *[painted(sys.stderr, "97;40", line) for line in qr_text(answer["url"])])
-
-
-def with_key(args):
-    """(session id, agent id, key) of a session in which we are. Raises missing_session_key."""
-    session_id = session_of(args)
-    agent_id = agent_of(args, session_id)
-    key = key_of(session_id, agent_id)
-    if not key:
-        raise NexusError("missing_session_key", "This machine has no key for this session.")
-    return session_id, agent_id, key
 
 
 def verb_open(args):
@@ -9134,22 +9124,17 @@ def verb_chat(args):
         raise ended[0]
 
 
-def conversation(client, session_id, agent_id):
-    """All messages of a session that still live, oldest first."""
-    after, more = None, True
-    while more:
-        answer = client.poll(session_id, agent_id, after)
-        yield from answer["messages"]
-        after, more = answer["nextCursor"], answer.get("more")
-
-
 def verb_transcript(args):
     """Print the whole conversation as far as it still lives: --format md, json or html"""
     session_id, form = session_of(args), args.format or "md"
     if form not in ("md", "json", "html"):
         raise Usage("--format takes md, json or html")
-    agent_id = agent_of(args, session_id)
-    messages = list(conversation(connect(args, session_id), session_id, agent_id))
+    agent_id, client = agent_of(args, session_id), connect(args, session_id)
+    messages, after, more = [], None, True
+    while more:
+        answer = client.poll(session_id, agent_id, after)
+        messages += answer["messages"]
+        after, more = answer["nextCursor"], answer.get("more")
     if form == "json":
         return say({"sessionId": session_id, "messages": messages})
     title, blocks = "Conversation " + session_id[:8], []
@@ -9440,7 +9425,7 @@ def verb_news(args):
         if args.json:
             say({"places": shown})
         else:
-            print("".join(news_line(row) + "\n" for row in shown), end="", flush=True)
+            put(sys.stdout, *map(news_line, shown))
     if args.once and rows:
         State().tell(args.once, dict(marks), show_news)
     else:
@@ -9631,12 +9616,12 @@ def stopped(refusal, stored, args, batch):
     return refusal
 
 
-def show_progress(stored, seconds, share=None):
+def show_progress(done, began, whole=None):
     """How many messages are done, how fast and, where it is known, which share of all."""
-    text = "%d message(s), %d/s" % (stored, stored / (seconds or 1))
-    if share is None and os.path.isfile(0):
-        share = os.lseek(0, 0, os.SEEK_CUR) / (os.path.getsize(0) or 1)
-    text += ", %d %%" % (100 * share) if share is not None else ""
+    text, part = "%d message(s), %d/s" % (done, done / (time.monotonic() - began or 1)), done
+    if whole is None and os.path.isfile(0):
+        part, whole = os.lseek(0, 0, os.SEEK_CUR), os.path.getsize(0)
+    text += ", %d %%" % (100 * part / (whole or 1)) if whole is not None else ""
     put(sys.stderr, text.ljust(50), end="\r")
 
 
@@ -9658,7 +9643,7 @@ def send_lines(messages, args):
                     hang_up()
             if watched and time.monotonic() - shown > PROGRESS_SECONDS:
                 shown = time.monotonic()
-                show_progress(stored, shown - began)
+                show_progress(stored, began)
     except NexusError as refusal:
         raise stopped(refusal, stored, args, batch) from None
     except (OSError, KeyboardInterrupt):
@@ -9772,18 +9757,18 @@ class Seal:
     """What ends a parcel: a hash of all bytes before it and, with a key, their HMAC."""
 
     def __init__(self, key=None):
-        self._hash, self._mac = hashlib.sha256(), hmac.new(key, b"", "sha256") if key else None
+        self._sums = {"sha256": hashlib.sha256()}
+        if key:
+            self._sums["hmac"] = hmac.new(key, b"", "sha256")
 
     def update(self, data):
         """These bytes come next."""
-        self._hash.update(data)
-        if self._mac:
-            self._mac.update(data)
+        for each in self._sums.values():
+            each.update(data)
 
     def value(self):
         """{"sha256", "hmac"?} of what came so far."""
-        found = {"sha256": self._hash.hexdigest()}
-        return dict(found, hmac=self._mac.hexdigest()) if self._mac else found
+        return {name: each.hexdigest() for name, each in self._sums.items()}
 
 
 def spool_parcel(messages, head, spool, watched):
@@ -9799,8 +9784,7 @@ def spool_parcel(messages, head, spool, watched):
         if not page["messages"] and not page["acks"]:
             return counts
         if watched:
-            show_progress(sum(counts), time.monotonic() - began,
-                          sum(counts) / (head["messages"] + head["acks"] or 1))
+            show_progress(sum(counts), began, head["messages"] + head["acks"])
 
 
 def write_parcel(path, head, spool, key):
@@ -9835,12 +9819,11 @@ def tx_export(messages, args):
         raise NexusError("file_exists", "%s is there already; an export overwrites nothing."
                          % args.file, status=409)
     begun = messages.parcel(args.to, args.channel, args.again, args.dry_run)
-    number = begun["parcel"]
-    if args.dry_run or not (begun["messages"] or begun["acks"] or args.again):
-        show(args, begun, "Nothing is new for %(to)s: no parcel was written"
-             if not (begun["messages"] or begun["acks"]) else
-             "Parcel %(parcel)d for %(to)s would hold %(messages)d message(s), %(acks)d ack(s)")
-        return
+    number, new = begun["parcel"], begun["messages"] or begun["acks"]
+    if args.dry_run or not (new or args.again):
+        return show(args, begun, "Parcel %(parcel)d for %(to)s would hold %(messages)d message(s),"
+                    " %(acks)d ack(s)" if new else
+                    "Nothing is new for %(to)s: no parcel was written")
     head = {"nexusParcel": 1, "site": begun["site"], "to": args.to, "parcel": number,
             "previous": begun["previous"], "createdAt": iso(Clock().now()),
             "channels": begun["channels"]}
@@ -9936,15 +9919,16 @@ def check_parcel(path, file, key):
     if version != 1:
         raise broken_parcel(path, "has the format %s, which this nexus.py does not know: use a"
                             " newer one" % one_line(version, 20))
-    for after in lines:
-        if found:
+    whole.update(line)
+    for line in lines:
+        if counts["seal"]:
             raise broken_parcel(path, "goes on after its seal")
-        whole.update(line)
-        line = after
-        if line.startswith(b'{"seal":'):
-            found = parcel_line(path, line, PARCEL_LINES)[1]
+        name, row = parcel_line(path, line, PARCEL_LINES)
+        counts[name] += 1
+        if name == "seal":
+            found = row
         else:
-            counts[parcel_line(path, line, PARCEL_LINES)[0]] += 1
+            whole.update(line)
     made = whole.value()
     if not found:
         raise broken_parcel(path, "was cut short: its seal is missing")
@@ -9993,17 +9977,15 @@ def tx_import(messages, args):
                     head["site"], head["to"], head["parcel"], rows, acks, head.get("previous"),
                     head.get("sites"), seal if last else None, args.accept_gap, args.dry_run))
                 if watched:
-                    done = sum(took.values())
-                    show_progress(done, time.monotonic() - began,
-                                  done / (head["messages"] + head["acks"] or 1))
+                    show_progress(sum(took.values()), began, head["messages"] + head["acks"])
     except (NexusError, KeyboardInterrupt) as trouble:
         how_far = "%d message(s) and ack(s) of it were taken, maybe some more; the same command" \
                   " takes the rest." % sum(took.values()) if took and not args.dry_run \
                   else "Nothing was imported."
-        if not isinstance(trouble, NexusError):
+        if isinstance(trouble, NexusError):
+            trouble.message += " " + how_far
+        else:
             tip(how_far)
-            raise
-        trouble.message += " " + how_far
         raise
     if watched:
         put(sys.stderr, " " * 50, end="\r")
@@ -10592,7 +10574,7 @@ class Stage:
 
     def quiz(self, question, right, *choices):
         """A question with numbered answers, until it is answered well; `right` is a number."""
-        self.show("", *textwrap.wrap(question, SCREEN_COLUMNS))
+        self.tell(question)
         for pair in enumerate(choices, 1):
             self.show(*textwrap.wrap("  %d  %s" % pair, SCREEN_COLUMNS, subsequent_indent=" " * 5))
         while self._asks:
@@ -10657,7 +10639,7 @@ def lesson_cursors(stage):
     stage.check("they are not the three in order",
                 [row["text"] for row in found] == ["one", "two", "three"] and found[0]["verified"])
     stage.check("she read twice", stage.run("ada", "poll", "talk")["messages"] == [])
-    stage.source(Sessions._page, "def", 15)
+    stage.source(Sessions._page, "def")
     stage.quiz("Ada's machine loses power before she has read the answer to her poll. Are the"
                " messages in it lost?", 1,
                "No: the server deletes nothing that was read; she asks with her old cursor again.",
@@ -10702,7 +10684,7 @@ def lesson_fan_out(stage):
     for reader in ("bob", "carol"):
         found = stage.run(reader, "tx", "inbox", "news", "--after", "0", "--json")
         stage.check("%s found it not" % reader, [row["id"] for row in found] == [sent["id"]])
-    stage.source(Channels._page, "def", 15)
+    stage.source(Channels._page, "def")
     stage.quiz("Who decides that a message is done?", 2,
                "The server, once every reader has seen it: it keeps a list of them.",
                "A reader, by acknowledging it; the server knows no list of readers.",
@@ -10919,7 +10901,7 @@ def verb_selftest(args):
 def verb_demo(args):
     """Watch two agents meet, talk and part: a server and both agents in one command"""
     pause = wait_for_enter if args.step else lambda: time.sleep(args.slow or 0)
-    with Stage(pause=lambda: None) as stage:
+    with Stage() as stage:
         stage.tell("A server runs at %s. Ada and Bob are two agents, each with a home of its own."
                    % stage.url)
 
@@ -11189,16 +11171,14 @@ def arrange(words):
     return name, flags, rest
 
 
-def nearest(words):
-    """The verb that was perhaps meant, told by all its words or by the last; or ""."""
-    last = {name.rpartition(" ")[2]: name for name in reversed(list(VERBS))}
-    found = difflib.get_close_matches(words.lower(), [*VERBS, *last], 1)
-    return last.get(found[0], found[0]) if found else ""
-
-
 def unknown(why, words, name=""):
-    """The refusal of words that are no verb; where to look instead: the nearest verb, or `name`."""
-    near = nearest(words)
+    """The refusal of words that are no verb; where to look instead: the nearest verb, or `name`.
+
+    The nearest one is told by all its words or by the last.
+    """
+    last = {verb.rpartition(" ")[2]: verb for verb in reversed(list(VERBS))}
+    near = "".join(difflib.get_close_matches(words.lower(), [*VERBS, *last], 1))
+    near = last.get(near, near)
     return Usage("%s %s%s" % (why, words, near and " (did you mean %s?)" % near), near or name)
 
 
@@ -11326,13 +11306,13 @@ def run_and_explain(words):
 
 def main():
     """The command line: run it, and turn whatever went wrong into one document and a code."""
-    for name in ("stdin", "stdout", "stderr"):      # in this order they get the numbers 0, 1, 2
-        if getattr(sys, name) is None:              # the shell closed it, as in `>&-`
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
-    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace"),
-                           (sys.stderr, "backslashreplace")):
+    for name, mode, errors in (         # in this order they get the numbers 0, 1, 2
+            ("stdin", "r", "strict"), ("stdout", "w", "backslashreplace"),
+            ("stderr", "w", "backslashreplace")):
+        if getattr(sys, name) is None:  # the shell closed it, as in `>&-`
+            setattr(sys, name, open(os.devnull, mode))
         try:        # consoles of other code pages must not stop a message
-            stream.reconfigure(encoding="utf-8", errors=errors)
+            getattr(sys, name).reconfigure(encoding="utf-8", errors=errors)
         except (AttributeError, ValueError):
             pass                        # somebody has put another object there
     try:
