@@ -2110,8 +2110,8 @@ class PostgresConnection:
         """A cursor, or Inserted."""
         text = in_postgres(query)
         cursor = self.opened().execute(text, parameters or None)
-        if not text.startswith("SELECT"):
-            self.total_changes += max(0, cursor.rowcount)
+        if (cursor.statusmessage or "")[:6] in ("INSERT", "UPDATE", "DELETE"):
+            self.total_changes += cursor.rowcount
         return Inserted(cursor.fetchone()[0], 1) if " RETURNING " in text else cursor
 
     def executemany(self, query, rows):
@@ -2154,8 +2154,8 @@ class Postgres(Engine):
     steps, pace = (16, 512), 5                  # a statement costs as much as many rows, and a
                                                 # commit as much as many statements
     # A commit whose answer was lost may have come to pass.
-    advice = "The server cannot use PostgreSQL right now. Send it again in a while, with the same" \
-             " Idempotency-Key: it may be stored all the same."
+    advice = "The server cannot use PostgreSQL right now. Try again in a while; a send with the" \
+             " same Idempotency-Key, because it may be stored all the same."
 
     def __init__(self, url):
         super().__init__()

@@ -11962,6 +11962,15 @@ class Several(Case):
         one.sweep()
         self.assertEqual(one.call("GET", "/v1/sessions/" + sid).json["agents"], ["ada", "bob"])
 
+    def test_a_commit_that_only_looked_is_none(self):
+        one, _ = self.two()
+        one.client().messages.send("c", "x")
+        db, now = one.store.db, self.clock.now()
+        commits = db.commits
+        self.assertEqual(len(db.write(lambda writer: writer.execute(nexus.LEASABLE, (
+            "c", nexus.FREE, now, "c", "c", now, 9)).fetchall())), 1)
+        self.assertEqual(db.commits, commits)
+
     def test_channels_are_in_the_order_of_their_bytes_whatever_the_language(self):
         names = ["a", "B", "_", "É", "é", "b", "Z", "10", "9", "\U0001f600", "\uffee"]
         server = self.server(db=self.url)
