@@ -3401,6 +3401,14 @@ class BackupAndRestore(DiskCase):
         for name in os.listdir(saved):
             shutil.copy(os.path.join(saved, name), self.home)
 
+    def test_of_postgresql_it_names_the_tool_that_does_it(self):
+        for verb, tool in (("backup", "pg_dump"), ("restore", "psql")):
+            ran = run_here(self.home, verb, "x", "--db", "postgresql://u:hush@h/d")
+            self.assertEqual((ran.code, ran.json["error"]), (1, "not_a_file"))
+            self.assertIn(tool, ran.json["message"])
+            self.assertNotIn("hush", ran.out + ran.err)
+            self.assertEqual(os.listdir(self.home), [])
+
     def test_a_backup_of_a_running_server_has_everything_and_leaves_nothing_beside(self):
         self.addCleanup(os.umask, os.umask(0))
         server = self.server(db=self.path)
