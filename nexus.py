@@ -1556,7 +1556,8 @@ def both(*queries):
     SQLite reads them side by side, each by its index. PostgreSQL would read all and sort: for it
     the comments become brackets with a limit, see POSTGRES_QUERIES.
     """
-    return " UNION ALL ".join("/*(*/%s/*)*/" % query for query in queries) + " ORDER BY id"
+    mark = "/*(*/%s/*)*/" if len(queries) > 1 else "%s"
+    return " UNION ALL ".join(mark % query for query in queries) + " ORDER BY id"
 
 
 class Engine:

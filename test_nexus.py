@@ -11827,7 +11827,8 @@ class Present(StoreCase):
 # The same promises on the other engine, by the same tests; and what only several servers can show.
 # ----------------------------------------------------------------------------------------
 
-LAG = nexus.Postgres.lag
+ALONE = {"lag": 0, "steps": nexus.Engine.steps, "pace": nexus.Engine.pace}   # for tests of SQLite
+SHARED = {name: getattr(nexus.Postgres, name) for name in ALONE}
 # Not there: they look into a file, or count commits that end by the clock.
 ONLY_SQLITE = (
     "test_a_restored_database_gives_no_id_twice",
@@ -11838,7 +11839,7 @@ ONLY_SQLITE = (
 def on_postgres(*cases):
     """For each class of tests one more, NAMEOnPostgres, whose servers are on PostgreSQL.
 
-    Their clock is turned, and each has its database alone: it need not wait for other servers.
+    Their clock is turned, each has its database alone, and they count commits of a row each.
     """
     for case in cases:
         class Moved(case):
@@ -11846,13 +11847,17 @@ def on_postgres(*cases):
 
             @classmethod
             def setUpClass(cls):
-                Server.postgres, nexus.Postgres.lag = True, 0
+                Server.postgres = True
+                for name, value in ALONE.items():
+                    setattr(nexus.Postgres, name, value)
                 super(cls, cls).setUpClass()
 
             @classmethod
             def tearDownClass(cls):
                 super(cls, cls).tearDownClass()
-                Server.postgres, nexus.Postgres.lag = False, LAG
+                Server.postgres = False
+                for name, value in SHARED.items():
+                    setattr(nexus.Postgres, name, value)
         for name in set(ONLY_SQLITE) & set(dir(case)):
             setattr(Moved, name, None)
         Moved.__name__ = Moved.__qualname__ = case.__name__ + "OnPostgres"
