@@ -10428,8 +10428,10 @@ class FollowTest(CliCase):
             def read(self, size):
                 showing.wait(10)
                 return b""
+        # Who listens is left behind, as at the end of a process, and must not go on with others.
         with patched(nexus, "say", say), patched(nexus, "lines_of", functools.partial(
-                lambda lines, _: lines(Patient()), nexus.lines_of)):
+                lambda lines, _: lines(Patient()), nexus.lines_of)), patched(
+                    nexus.Client, "insist", lambda client, call: call()):
             ran = run_here(home, "chat", sid, url=self.s.url)
         self.assertEqual((ran.code, ran.json["text"]), (0, "hello"))
         self.assertEqual(nexus.State(home).get(sid, "cursor"), "1")
