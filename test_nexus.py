@@ -11053,6 +11053,27 @@ class Counted(StoreCase):
                 sum(each.channel == row["channel"] for each in some)
                 for some in (living, held, dead)])
 
+    def test_a_batch_counts_what_it_stores_to_the_last_and_nothing_twice(self):
+        self.open(max_channel_messages=5)
+
+        def batch(*keys, channels="ab"):
+            return [again for _, again in self.channels.send_many([
+                (nexus.new_message(channel, "s", "x", None, None, {}, None, [], 0),
+                 (key, b"body") if key else None) for key in keys for channel in channels]).wait()]
+        self.assertEqual(batch("k1", "k2"), [False] * 4)
+        self.check()
+        self.assertEqual(batch("k1", "k3", "k3"), [True, True, False, False, True, True])
+        self.check()
+        self.assertEqual(batch("k1", "k2", "k3", "k4"), [True] * 6 + [False] * 2)   # 8 do not fit
+        self.check()
+        with self.assertRaises(nexus.NexusError) as caught:
+            batch("k5", None, channels="cb")
+        self.assertIn("(Channel b.)", caught.exception.message)
+        self.check()
+        self.assertEqual(batch(None, channels="b"), [False])
+        self.assertRaises(nexus.NexusError, batch, None, channels="b")
+        self.check()
+
     def test_whatever_happens_counters_and_figures_say_what_is_there(self):
         self.open(max_attempts=2, max_channel_messages=25)
         chance, held, acts = random.Random(4), [], collections.Counter()
