@@ -3060,6 +3060,8 @@ RUN_OUT = LEASED + " AND free_at > 1 AND free_at <= ?"
 COUNTS = ("SELECT channel, COUNT(*), SUM(size), COUNT(CASE WHEN acked_at IS NULL THEN 1 END),"
           " COUNT(lease_token), COUNT(CASE WHEN acked_at IS NULL AND free_at = {} THEN 1 END)"
           " FROM messages WHERE %s GROUP BY channel").format(DEAD)
+INSERT = ("INSERT INTO messages (channel, sender, correlation, wire, size, expires_at, created_at,"
+          " retry_key, body_hash) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)")
 # Adds to a channel's counters, if it has so many messages and characters or less. Nobody else
 # changes them. A send pays 2 microseconds for it.
 COUNT = ("UPDATE channels SET messages = messages + ?, size = size + ?, pending = pending + ?,"
@@ -3207,12 +3209,15 @@ class Channels:
         return result
 
     def _make_room(self, db, channel, count, size):
-        """Count `count` more messages of `size` characters in all, if they fit; did they?"""
+        """Count `count` more messages of `size` characters in all, or refuse them."""
         more = (count, size, count, 0, 0, channel,
                 self.settings.max_channel_messages - count, self.settings.max_channel_bytes - size)
-        return db.execute(COUNT, more).rowcount or db.execute(
-            "INSERT INTO channels (name) VALUES (?) ON CONFLICT DO NOTHING", (channel,)
-            ).rowcount and db.execute(COUNT, more).rowcount
+        if not db.execute(COUNT, more).rowcount:
+            is_new = db.execute("INSERT INTO channels (name) VALUES (?) ON CONFLICT DO NOTHING",
+                                (channel,)).rowcount
+            if not (is_new and db.execute(COUNT, more).rowcount):
+                raise slow_down("quota_exceeded", 60, "%s (Channel %s.)" % (
+                    ERRORS["quota_exceeded"][1], one_line(channel, 60)))
 
     def _stored(self, channel, found):
         """Tell of a message that a commit has stored; returns `found`, what insert() returned."""
@@ -3238,20 +3243,24 @@ class Channels:
 
     def send_many(self, drafts):
         """Store several (new_message(), retry) in one commit, all or none; a Pending of a list."""
-        sizes = collections.defaultdict(list)
-        for draft, _ in drafts:
-            sizes[draft.channel].append(draft.size)
+        keys = [(draft.channel, draft.sender, retry[0]) for draft, retry in drafts if retry]
 
         def job(db):
-            # Room for all of a channel in one go; where it is too little, one by one until it ends.
-            roomy = {channel for channel, each in sizes.items()
-                     if self._make_room(db, channel, len(each), sum(each))}
-            found = [self.insert(db, draft, retry, draft.channel in roomy)
-                     for draft, retry in drafts]
-            for (draft, _), (_, again) in zip(drafts, found):
-                if again and draft.channel in roomy:
-                    self._make_room(db, draft.channel, -1, -draft.size)
-            return found
+            if len(set(keys)) < len(keys):      # one of them is the answer to another
+                return [self.insert(db, *each) for each in drafts]
+            answers = [retry and self._answer_to(db, draft, retry) for draft, retry in drafts]
+            new = [each for each, answer in zip(drafts, answers) if not answer]
+            sizes = collections.defaultdict(list)
+            for draft, _ in new:
+                sizes[draft.channel].append(draft.size)
+            for channel, each in sizes.items():
+                self._make_room(db, channel, len(each), sum(each))
+            db.executemany(INSERT, [self._values(*each) for each in new])
+            # The one writer gives out ids without a gap between them.
+            last, = db.execute("SELECT MAX(id) FROM messages").fetchone()
+            ids = iter(range((last or 0) - len(new) + 1, MAX_ID))
+            return [(answer, True) if answer else (wire_text(next(ids), draft.wire), False)
+                    for (draft, _), answer in zip(drafts, answers)]
 
         def then(found):
             for channel, count in collections.Counter(
@@ -3262,31 +3271,36 @@ class Channels:
 
         return Pending(self.db, job, then, len(drafts))
 
-    def insert(self, db, draft, retry=None, has_room=False):
+    def insert(self, db, draft, retry=None):
         """Store a draft inside a commit, unless its retry key has stored it before.
 
-        Returns (its JSON text, whether it was stored before). `has_room`: it is counted already.
+        Returns (its JSON text, whether it was stored before).
         """
-        if retry:
-            row = db.execute("SELECT body_hash, %s FROM messages WHERE channel = ? AND sender = ?"
-                             " AND retry_key = ?" % COLUMNS,
-                             (draft.channel, draft.sender, retry[0])).fetchone()
-            first = row and Message._make(row[1:])
-            if first and (first.expires_at or MAX_ID) <= self.clock.now():      # it gives its key
-                db.execute("UPDATE messages SET retry_key = NULL WHERE id = ?", first[:1])
-            elif first:
-                if row[0] != retry[1]:
-                    raise NexusError("idempotency_key_reused")
-                return wire_text(first.id, first.wire), True
-        if not (has_room or self._make_room(db, draft.channel, 1, draft.size)):
-            raise slow_down("quota_exceeded", 60, "%s (Channel %s.)" % (
-                ERRORS["quota_exceeded"][1], one_line(draft.channel, 60)))
-        cursor = db.execute(
-            "INSERT INTO messages (channel, sender, correlation, wire, size, expires_at,"
-            " created_at, retry_key, body_hash) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (draft.channel, draft.sender, draft.correlation, draft.wire, draft.size,
-             draft.expires_at, draft.created_at) + (retry or (None, None)))
+        answer = retry and self._answer_to(db, draft, retry)
+        if answer:
+            return answer, True
+        self._make_room(db, draft.channel, 1, draft.size)
+        cursor = db.execute(INSERT, self._values(draft, retry))
         return wire_text(cursor.lastrowid, draft.wire), False
+
+    def _answer_to(self, db, draft, retry):
+        """The JSON text of what this retry key has stored, if that is not over."""
+        row = db.execute("SELECT body_hash, %s FROM messages WHERE channel = ? AND sender = ?"
+                         " AND retry_key = ?" % COLUMNS,
+                         (draft.channel, draft.sender, retry[0])).fetchone()
+        first = row and Message._make(row[1:])
+        if first and (first.expires_at or MAX_ID) <= self.clock.now():      # it gives its key
+            db.execute("UPDATE messages SET retry_key = NULL WHERE id = ?", first[:1])
+        elif first:
+            if row[0] != retry[1]:
+                raise NexusError("idempotency_key_reused")
+            return wire_text(first.id, first.wire)
+        return None
+
+    @staticmethod
+    def _values(draft, retry):
+        return (draft.channel, draft.sender, draft.correlation, draft.wire, draft.size,
+                draft.expires_at, draft.created_at) + (retry or (None, None))
 
     def inbox(self, channel, after, limit, sender, correlation, include_acked, wait, caller):
         """Messages after an id, oldest first: (how many, their texts with commas between, more).
