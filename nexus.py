@@ -10745,7 +10745,7 @@ def lesson_idempotency(stage):
     again = stage.task("The line is bad; Ada heard nothing. You are Ada: send it again as it was.",
                        "ada", *words, held=lambda _: stage.client.messages.pending("orders") == 1)
     stage.check("it was stored twice", again.get("id", first["id"]) == first["id"])
-    stage.source(Channels.insert, "if retry:", 14)
+    stage.source(Channels._answer_to, "row = db", 11)
     stage.quiz("And the same key with another text?", 3, "The second text replaces the first.",
                "Both are stored.", "It is refused: a key stands for one message.")
     stage.refuse("idempotency_key_reused", "ada", *[
